@@ -1,0 +1,48 @@
+"""The model card that is written beside an adapter: everything in it comes from the config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def model_card(config: Mapping[str, Any]) -> str:
+    """README.md of an adapter directory."""
+    method, backbone, protocol = config["method"], config["backbone"], config["protocol"]
+    labels = config["labels"] or []
+    metrics = protocol.get("metrics") or {}
+    shown = ", ".join(labels[:12]) + (f", … ({len(labels)} classes)" if len(labels) > 12 else "")
+    lines = [
+        "---",
+        "library_name: petl",
+        f"tags: [petl, {method['name']}, {config['task']}]",
+        "---",
+        f"# {method['name']} adapter for {backbone['name'] or 'a backbone of your own'}",
+        "",
+        f"{config['tensors']['parameters']:,} trained parameters on a frozen backbone of {backbone['parameters']:,}. "
+        "The backbone itself is not in here; loading checks that it is the right one.",
+        "",
+        "```python",
+        "import petl",
+        'predictor = petl.load("path/to/this/directory")'
+        if backbone["name"] and not backbone["weights_file"]
+        else 'predictor = petl.load("path/to/this/directory", backbone=the_frozen_model)',
+        'predictor.classify("image.jpg")',
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| method | `{method['name']}` `{json.dumps(method['options'])}` |",
+        f"| backbone | `{backbone['name']}`, weights SHA-256 `{(backbone['weights'] or backbone['weights_bf16'])[:16]}` |",
+        f"| labels | {shown or 'none'} |",
+        *(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
+        "",
+        "## How it was trained",
+        "",
+        "```json",
+        json.dumps(protocol, indent=2),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,45 @@
+"""Which tensors of a model were trained, and setting them, strict both ways."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from petl.backbones.classifier import Classifier
+from petl.errors import PetlError
+from petl.methods.attach import attached
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that training changed, by module path: parameters that require gradients, and buffers beside them.
+
+    ``model`` is a `Classifier` or a model with a method attached; the paths are those inside a `Classifier`
+    (``backbone.petl.blocks.0.down.weight``, ``head.fc.weight``). A tensor shared by several modules appears once.
+    """
+    prefix = "" if isinstance(model, Classifier) else "backbone."
+    backbone = model.backbone if isinstance(model, Classifier) else model
+    frozen = not attached(backbone).trains_backbone
+    heads = tuple(f"backbone.{name}." for name, _ in attached(backbone).view.head_modules())
+    ours = ("backbone.petl.", "head.", *heads) if frozen else ("backbone.", "head.")
+    found = {prefix + n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in persistent and (prefix + name).startswith(ours):
+            found[prefix + name] = buffer
+    return found
+
+
+@torch.no_grad()
+def set_trained_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Copy ``tensors`` into ``model``. Raises `PetlError` (nothing is copied) unless names and shapes match exactly."""
+    own = trained_tensors(model)
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [f"{k} {tuple(tensors[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & tensors.keys()
+              if own[k].shape != tensors[k].shape]  # fmt: skip
+    if missing or extra or shapes:
+        raise PetlError(
+            f"{source}: its tensors do not fit the model: {len(missing)} missing {missing[:3]}, {len(extra)} without a "
+            f"place {extra[:3]}, {len(shapes)} of another shape {sorted(shapes)[:3]}. Nothing was loaded."
+        )
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])

@@ -1,0 +1,155 @@
+"""Backbones: find the view of a model, load one by name, list what there is.
+
+Names: ``bundled/tiny_clip_vision`` (in the package), ``timm/<model>[.<tag>]``, ``hf/<hub id or local folder>``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from petl.errors import PetlError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from petl.backbones.base import BackboneView
+
+BUNDLED = ("bundled/tiny_clip_vision",)
+FAMILIES = {  # what `petl ls` prints without importing a library
+    "timm_vit": "timm/<name>, any VisionTransformer: timm/vit_base_patch16_224.orig_in21k, DeiT, DINOv2, CLIP, SigLIP",
+    "hf_clip_vision": "hf/<hub id>: hf/openai/clip-vit-base-patch16 (vision tower)",
+    "hf_vit": "hf/<hub id>: hf/google/vit-base-patch16-224-in21k",
+}
+
+
+def list_backbones(pattern: str = "*") -> list[str]:
+    """Names that `load_backbone` takes, by wildcard: the bundled ones and every timm VisionTransformer.
+
+    Hugging Face models are loaded by hub id (``hf/openai/clip-vit-base-patch16``) and are not enumerated.
+    """
+    import timm
+    from fnmatch import fnmatch
+
+    names = [*BUNDLED, *(f"timm/{n}" for n in timm.list_models(module="vision_transformer", pretrained=True))]
+    names += [f"timm/{n}" for n in timm.list_models(module="deit", pretrained=True)]
+    return [n for n in dict.fromkeys(names) if fnmatch(n, pattern)]
+
+
+def view(model: nn.Module) -> BackboneView:
+    """The view of a model. Raises `PetlError` for a network that no family describes."""
+    lineage = {f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__}
+    if "timm.models.vision_transformer.VisionTransformer" in lineage:
+        from petl.backbones.timm_vit import TimmViT
+
+        return TimmViT(model)  # type: ignore[arg-type]
+    if any(name.startswith("transformers.") for name in lineage):
+        from transformers import CLIPVisionModel, CLIPVisionModelWithProjection, ViTForImageClassification, ViTModel
+
+        from petl.backbones.hf_vit import HFCLIPVision, HFViT
+
+        if isinstance(model, (CLIPVisionModel, CLIPVisionModelWithProjection)):
+            return HFCLIPVision(model)
+        if isinstance(model, (ViTModel, ViTForImageClassification)):
+            return HFViT(model)
+    raise PetlError(
+        f"petl has no view of {type(model).__module__}.{type(model).__qualname__}. It knows timm's VisionTransformer, "
+        "HF CLIPVisionModel(WithProjection), ViTModel and ViTForImageClassification. To add another network, describe "
+        "its blocks in a subclass of petl.backbones.base.BackboneView (see petl/backbones/timm_vit.py, about 80 lines)."
+    )
+
+
+def load_backbone(
+    name: str, args: dict[str, Any] | None = None, weights: str | Path | None = None, pretrained: bool = True
+) -> nn.Module:
+    """A frozen-to-be network by name, without a classification head.
+
+    Args:
+        name: see the module docstring.
+        args: constructor arguments for a timm model (``img_size``, ``embed_dim``, …) and ``norm_eps``.
+        weights: a ``.safetensors`` file to load instead of the published weights; it must fit exactly, apart from
+            classification heads.
+        pretrained: False leaves the weights random (for tests and baselines).
+
+    Raises:
+        PetlError: unknown name or argument, unreadable or ill-fitting weights.
+    """
+    library, _, rest = name.partition("/")
+    args = dict(args or {})
+    if library == "bundled":
+        if name not in BUNDLED:
+            raise PetlError(f"backbone {name!r} is not bundled: {nearest(name, BUNDLED)}")
+        from petl.backbones import bundled
+
+        model: nn.Module = _build(name, lambda: bundled.vision(pretrained=pretrained and weights is None, **args))
+    elif library == "timm":
+        model = _load_timm(name, rest, args, pretrained and weights is None)
+    elif library == "hf":
+        model = _load_hf(name, rest, args, pretrained and weights is None)
+    else:
+        raise PetlError(
+            f"backbone {name!r}: a name starts with 'timm/', 'hf/' or 'bundled/', {nearest(name, [*BUNDLED, f'timm/{name}'])}"
+        )
+    if weights is not None:
+        _load_weights(model, Path(weights))
+    return model.eval()
+
+
+def _build(name: str, construct: Any) -> Any:
+    try:
+        return construct()
+    except (TypeError, RuntimeError, ValueError, OSError, AssertionError) as error:
+        raise PetlError(f"backbone {name!r} could not be built: {type(error).__name__}: {error}") from error
+
+
+def _load_timm(name: str, rest: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
+    import timm
+    from torch import nn
+
+    if not timm.is_model(rest.partition(".")[0]):
+        raise PetlError(f"timm has no model {rest!r}: {nearest(name, list_backbones())}")
+    norm_eps = args.pop("norm_eps", None)
+    model = _build(name, lambda: timm.create_model(rest, pretrained=pretrained, num_classes=0, **args))
+    for module in model.modules():
+        if norm_eps is not None and isinstance(module, nn.LayerNorm):
+            module.eps = float(norm_eps)
+    return model
+
+
+def _load_hf(name: str, rest: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
+    from transformers import AutoConfig, CLIPVisionModel, ViTModel
+
+    if args:
+        raise PetlError(f"backbone {name!r}: args {sorted(args)} are for timm models; an HF model brings its own config.")
+    config: Any = _build(name, lambda: AutoConfig.from_pretrained(rest, trust_remote_code=False))
+    classes: dict[str, Any] = {"clip": CLIPVisionModel, "clip_vision_model": CLIPVisionModel, "vit": ViTModel}
+    if config.model_type not in classes:
+        raise PetlError(f"backbone {name!r} is a {config.model_type!r} model; of HF models petl views clip and vit.")
+    cls = classes[config.model_type]
+    if pretrained:
+        return _build(name, lambda: cls.from_pretrained(rest, trust_remote_code=False, use_safetensors=True))
+    return _build(name, lambda: cls(getattr(config, "vision_config", config)))
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise PetlError(f"weights file {path} does not exist.")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise PetlError(f"weights file {path} is not a readable .safetensors file: {error}") from error
+    heads = tuple(f"{h}." for h in view(model).head_names)
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith(heads)}
+    given = {k: v.float() for k, v in state.items() if not k.startswith(heads)}
+    wrong = [k for k in own.keys() & given.keys() if own[k].shape != given[k].shape]
+    if own.keys() != given.keys() or wrong:
+        missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+        raise PetlError(
+            f"weights file {path} does not fit the backbone: {len(missing)} tensors missing {missing[:3]}, "
+            f"{len(extra)} unknown {extra[:3]}, {len(wrong)} of another shape {sorted(wrong)[:3]}. "
+            "Check the constructor arguments (backbone_args)."
+        )
+    model.load_state_dict(given, strict=False)

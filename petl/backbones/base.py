@@ -1,0 +1,158 @@
+"""The backbone view: all that a method sees of a frozen network.
+
+A view wraps a model that keeps its class and its weights. It offers the blocks as two halves (attention branch, FFN
+branch), sizes and prefix tokens, the class-token attention row, pooled features and the preprocessing of the weights.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from petl.errors import PetlError
+from petl.nn.token_reduction import cls_attention
+
+
+class Call(NamedTuple):
+    """Arguments of a block beside its tokens (attention mask and the like), handed on to the attention unchanged."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}  # noqa: RUF012  (never mutated)
+
+    def mask(self) -> Any:
+        """The attention mask of this call, or None."""
+        return next((v for v in (*self.args, self.kwargs.get("attn_mask"), self.kwargs.get("attention_mask"))
+                     if isinstance(v, Tensor)), None)  # fmt: skip
+
+
+class ThreadState(threading.local):
+    """What one forward pass carries from block to block; one value per thread, so that concurrent passes stay apart."""
+
+    value: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ThreadState:
+        return ThreadState()
+
+    def __reduce__(self) -> tuple[type[ThreadState], tuple[()]]:
+        return ThreadState, ()
+
+
+class BlockView(ABC):
+    """One pre-norm block, y = x + attention(x), out = y + ffn(y). Tokens are (B, N, C)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._captured = ThreadState()
+        self._handles: list[RemovableHandle] = []
+
+    @abstractmethod
+    def attention(self, x: Tensor, call: Call) -> Tensor:
+        """The attention branch, LayerScale and all, without the residual."""
+
+    @abstractmethod
+    def ffn(self, y: Tensor) -> Tensor:
+        """The FFN branch on tokens after the attention residual, its norm included, without the residual."""
+
+    @abstractmethod
+    def _query_key_modules(self) -> list[nn.Module]:
+        """The projections whose outputs hold queries and keys: one fused module, or query and key in this order."""
+
+    @abstractmethod
+    def _cls_query_and_keys(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor, float]:
+        """From these outputs: class-token query (B, H, 1, D), keys (B, H, N, D) as attention uses them, and the scale."""
+
+    def capture(self) -> None:
+        """Keep queries and keys of every pass, so that `attention_and_cls_row` costs one query row and no more."""
+        for module in self._query_key_modules():
+            self._handles.append(module.register_forward_hook(self._keep))
+
+    def release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._captured.value = [*(self._captured.value or []), output]
+
+    def attention_and_cls_row(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """`attention(x)` through the fused kernel, and the class token's attention to all tokens, fp32 (B, N)."""
+        self._captured.value = None
+        branch = self.attention(x, call)
+        captured, self._captured.value = self._captured.value, None
+        query, key, scale = self._cls_query_and_keys(captured)
+        return branch, cls_attention(query, key, scale)
+
+
+class BackboneView(ABC):
+    """A frozen network seen by methods. Subclasses set the attributes from the model in their constructor."""
+
+    family: ClassVar[str]
+    model: nn.Module
+    width: int
+    depth: int
+    heads: int
+    hidden: int  # inner width of the FFN
+    prefix_tokens: int  # class, distillation and register tokens in front of the patches
+    patch_size: tuple[int, int]
+    block_path: str  # e.g. "blocks": block i is the module "blocks.i"
+    head_names: tuple[str, ...]  # modules that classify: trained with a method, not part of the fingerprint
+
+    @property
+    @abstractmethod
+    def preprocessing(self) -> dict[str, Any]:
+        """``input_size`` (3, H, W) in pixels, ``mean``, ``std`` (of values in [0, 1]) and ``interpolation``."""
+
+    @abstractmethod
+    def block_modules(self) -> list[nn.Module]:
+        """The transformer blocks in order."""
+
+    @abstractmethod
+    def block_view(self, module: nn.Module) -> BlockView:
+        """The view of one block; a `PetlError` says why where the block cannot be split into its halves."""
+
+    @abstractmethod
+    def features(self, x: Tensor) -> Tensor:
+        """Pooled features (B, width) of images (B, 3, H, W), as the network's own head would get them."""
+
+    @abstractmethod
+    def reduction_obstacle(self) -> str | None:
+        """Why dropping tokens would be wrong in this network, or None."""
+
+    @abstractmethod
+    def library_checkpointing(self) -> bool:
+        """Whether the library's own activation checkpointing is switched on."""
+
+    def head_modules(self) -> list[tuple[str, nn.Module]]:
+        """(path, module) of the network's own trained head, where it has one."""
+        found = [(name, self.model.get_submodule(name)) for name in self.head_names if hasattr(self.model, name)]
+        return [(name, module) for name, module in found if any(True for _ in module.parameters())]
+
+    def is_backbone(self, name: str) -> bool:
+        """Whether a parameter path belongs to the backbone proper: neither its head nor what petl added."""
+        return not name.startswith(("petl.", *(f"{h}." for h in self.head_names)))
+
+    def grid(self, input_size: tuple[int, int, int]) -> tuple[int, int]:
+        """Rows and columns of patches for an image of ``input_size`` (3, H, W)."""
+        return input_size[1] // self.patch_size[0], input_size[2] // self.patch_size[1]
+
+    def macs(self, tokens: list[tuple[int, int]], patches: int) -> int:
+        """Multiply-accumulates per image for ``tokens`` (into attention, into FFN) per block; patch embedding included.
+
+        Sheet sparse_tuning.md section 5: 4 n C² + 2 n² C + 2 m C F per block; norms and activations are not counted.
+        """
+        c, f = self.width, self.hidden
+        embed = patches * c * 3 * self.patch_size[0] * self.patch_size[1]
+        head = sum(p.numel() for _, m in self.head_modules() for n, p in m.named_parameters() if n.endswith("weight"))
+        return embed + head + sum(4 * n * c * c + 2 * n * n * c + 2 * m * c * f for n, m in tokens)
+
+
+def unsupported_block(module: nn.Module, where: str) -> PetlError:
+    return PetlError(
+        f"{where} is a {type(module).__name__}, which petl cannot split into an attention and an FFN branch "
+        "(parallel, post-norm and windowed blocks are not supported). Methods that leave the blocks alone "
+        "(LinearProbe, FullFineTuning) still work."
+    )

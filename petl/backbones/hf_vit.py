@@ -1,0 +1,121 @@
+"""Views of Hugging Face vision transformers: CLIP vision towers and ViT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, CLIPVisionModelWithProjection, ViTForImageClassification, ViTModel
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.vit.modeling_vit import ViTLayer
+
+from petl.backbones.base import BackboneView, BlockView, Call, unsupported_block
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class _SplitProjections(BlockView):
+    """Attention with separate query and key projections, and no norm on either."""
+
+    def _attn(self) -> nn.Module:
+        raise NotImplementedError
+
+    def _query_key_modules(self) -> list[nn.Module]:
+        attn = self._attn()
+        return [attn.q_proj, attn.k_proj]  # type: ignore[list-item]
+
+    def _cls_query_and_keys(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor, float]:
+        d: int = self._attn().head_dim  # type: ignore[assignment]
+        query, key = (t.unflatten(-1, (-1, d)).transpose(1, 2) for t in (outputs[0][:, :1], outputs[1]))
+        return query, key, d**-0.5
+
+
+class CLIPBlock(_SplitProjections):
+    module: CLIPEncoderLayer
+
+    def _attn(self) -> nn.Module:
+        return self.module.self_attn
+
+    def attention(self, x: Tensor, call: Call) -> Tensor:
+        mask, *rest = call.args or (call.kwargs.get("attention_mask"),)
+        kwargs = {k: v for k, v in call.kwargs.items() if k != "attention_mask"}
+        return self.module.self_attn(self.module.layer_norm1(x), mask, *rest, **kwargs)[0]
+
+    def ffn(self, y: Tensor) -> Tensor:
+        return self.module.mlp(self.module.layer_norm2(y))
+
+
+class ViTBlock(_SplitProjections):
+    module: ViTLayer
+
+    def _attn(self) -> nn.Module:
+        return self.module.attention
+
+    def attention(self, x: Tensor, call: Call) -> Tensor:
+        return self.module.dropout(self.module.attention(self.module.layernorm_before(x), *call.args, **call.kwargs)[0])
+
+    def ffn(self, y: Tensor) -> Tensor:
+        return self.module.dropout(self.module.mlp(self.module.layernorm_after(y)))
+
+
+class _HFVision(BackboneView):
+    head_names = ("classifier",)
+    _mean: tuple[float, float, float]
+    _std: tuple[float, float, float]
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        config: Any = model.config
+        self.width, self.depth, self.heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+        self.hidden, self.prefix_tokens = config.intermediate_size, 1
+        self.patch_size, self._image_size = (config.patch_size, config.patch_size), config.image_size
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        size = (3, self._image_size, self._image_size)
+        return {"input_size": size, "mean": self._mean, "std": self._std, "interpolation": "bicubic"}
+
+    def block_modules(self) -> list[nn.Module]:
+        return list(self.model.get_submodule(self.block_path))  # type: ignore[arg-type]
+
+    def reduction_obstacle(self) -> str | None:
+        return None  # class token first, learned absolute positions, pooled from the class token
+
+    def library_checkpointing(self) -> bool:
+        return bool(getattr(self.model, "is_gradient_checkpointing", False))
+
+
+class HFCLIPVision(_HFVision):
+    family = "hf_clip_vision"
+    _mean, _std = CLIP_MEAN, CLIP_STD
+
+    def __init__(self, model: CLIPVisionModel | CLIPVisionModelWithProjection) -> None:
+        super().__init__(model)
+        self.block_path = "encoder.layers" if isinstance(model, CLIPVisionModel) else "vision_model.encoder.layers"
+
+    def block_view(self, module: nn.Module) -> BlockView:
+        if type(module) is not CLIPEncoderLayer:
+            raise unsupported_block(module, "a layer of this CLIP tower")
+        return CLIPBlock(module)
+
+    def features(self, x: Tensor) -> Tensor:
+        tower = self.model if isinstance(self.model, CLIPVisionModel) else self.model.vision_model
+        return tower(pixel_values=x).pooler_output  # type: ignore[operator]
+
+
+class HFViT(_HFVision):
+    family = "hf_vit"
+    _mean = _std = (0.5, 0.5, 0.5)
+
+    def __init__(self, model: ViTModel | ViTForImageClassification) -> None:
+        super().__init__(model)
+        self.block_path = "layers" if isinstance(model, ViTModel) else "vit.layers"
+
+    def block_view(self, module: nn.Module) -> BlockView:
+        if type(module) is not ViTLayer:
+            raise unsupported_block(module, "a layer of this ViT")
+        return ViTBlock(module)
+
+    def features(self, x: Tensor) -> Tensor:
+        trunk = self.model if isinstance(self.model, ViTModel) else self.model.vit
+        return trunk(pixel_values=x).last_hidden_state[:, 0]  # type: ignore[operator]

@@ -1,0 +1,84 @@
+"""View of every timm `VisionTransformer`: ViT, DeiT, DINOv2 (registers, LayerScale), CLIP and SigLIP towers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import PatchEmbed
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from petl.backbones.base import BackboneView, BlockView, Call, unsupported_block
+
+
+class TimmBlock(BlockView):
+    module: Block
+
+    def attention(self, x: Tensor, call: Call) -> Tensor:
+        m = self.module
+        return m.drop_path1(m.ls1(m.attn(m.norm1(x), *call.args, **call.kwargs)))
+
+    def ffn(self, y: Tensor) -> Tensor:
+        m = self.module
+        return m.drop_path2(m.ls2(m.mlp(m.norm2(y))))
+
+    def _query_key_modules(self) -> list[nn.Module]:
+        return [self.module.attn.qkv]
+
+    def _cls_query_and_keys(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor, float]:
+        attn = self.module.attn
+        qkv = outputs[0].unflatten(-1, (3, attn.num_heads, attn.head_dim))  # (B, N, 3, H, D)
+        query, key = qkv[:, :1, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)
+        return attn.q_norm(query), attn.k_norm(key), attn.scale
+
+
+class TimmViT(BackboneView):
+    family = "timm_vit"
+    block_path = "blocks"
+    head_names = ("head", "head_dist")
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self.model: VisionTransformer = model
+        self.width, self.depth = model.embed_dim, len(model.blocks)
+        first = model.blocks[0]
+        self.heads = getattr(getattr(first, "attn", None), "num_heads", 0)
+        self.hidden = getattr(getattr(getattr(first, "mlp", None), "fc1", None), "out_features", 4 * self.width)
+        self.prefix_tokens = model.num_prefix_tokens
+        self.patch_size = tuple(model.patch_embed.patch_size)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        cfg = self.model.pretrained_cfg if hasattr(self.model, "pretrained_cfg") else {}
+        cfg = cfg if isinstance(cfg, dict) else {}
+        size = getattr(self.model.patch_embed, "img_size", None) or cfg.get("input_size", (3, 224, 224))[-2:]
+        return {
+            "input_size": (3, *size),
+            "mean": tuple(cfg.get("mean") or (0.5, 0.5, 0.5)),
+            "std": tuple(cfg.get("std") or (0.5, 0.5, 0.5)),
+            "interpolation": cfg.get("interpolation") or "bicubic",
+        }
+
+    def block_modules(self) -> list[nn.Module]:
+        return list(self.model.blocks)
+
+    def block_view(self, module: nn.Module) -> BlockView:
+        if type(module) is not Block or type(module.attn) is not Attention:
+            raise unsupported_block(module if type(module) is not Block else module.attn, "a block of this timm model")
+        return TimmBlock(module)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+
+    def reduction_obstacle(self) -> str | None:
+        model = self.model
+        if model.cls_token is None:
+            return "it has no class token, whose attention ranks the patches"
+        if model.global_pool != "token":
+            return f"it pools over patches (global_pool={model.global_pool!r}), and the pooled set would change"
+        if not isinstance(model.patch_embed, PatchEmbed):
+            return f"its {type(model.patch_embed).__name__} is not a plain patch embedding"
+        return None
+
+    def library_checkpointing(self) -> bool:
+        return bool(self.model.grad_checkpointing)

@@ -1,0 +1,217 @@
+"""Callbacks of a petl run: progress, the adapter, token pictures, results and predictions on disk."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+
+from petl.adapters.artefact import read_config, read_tensors
+from petl.adapters.state import set_trained_tensors
+from petl.errors import PetlError
+from petl.methods.attach import attached
+from petl.methods.evit import ReducingModule
+from petl.pictures import kept_patches, token_grid, unnormalise
+
+
+def _scalars(metrics: dict[str, Any], prefixes: tuple[str, ...]) -> dict[str, float]:
+    return {k: float(v) for k, v in metrics.items() if k.startswith(prefixes)}
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's bar with images per second and the time left for the whole training; one line per epoch in a log."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 0)
+        self._began, self._first_step, self._images = 0.0, 0, 0
+
+    def on_train_start(self, *args: Any) -> None:
+        super().on_train_start(*args)
+        self._began, self._first_step, self._images = time.perf_counter(), args[0].global_step, 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._images += len(batch["image"]) * trainer.world_size
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        return items | self._speed(trainer)
+
+    def _speed(self, trainer: L.Trainer) -> dict[str, str]:
+        elapsed, steps = time.perf_counter() - self._began, trainer.global_step - self._first_step
+        if not steps or not self._began:
+            return {}
+        left = int(elapsed / steps * max(0, int(trainer.estimated_stepping_batches) - trainer.global_step))
+        return {"img/s": f"{self._images / elapsed:.0f}", "eta": f"{left // 60}:{left % 60:02d}"}
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.is_disabled and trainer.is_global_zero:
+            numbers = _scalars(trainer.callback_metrics, ("train/loss", "train/acc", "val/acc"))
+            line = "  ".join([f"{k} {v:.4f}" for k, v in numbers.items()] + [f"{k} {v}" for k, v in self._speed(trainer).items()])
+            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {line}", flush=True)
+
+
+class SaveAdapter(Callback):
+    """Writes the adapter: when training ends (``select="last"``), or whenever ``monitor`` improves (``"best"``)."""
+
+    def __init__(self, directory: Path, select: str = "last", monitor: str = "val/acc") -> None:
+        self.directory, self.select, self.monitor = directory, select, monitor
+        self.best = float("-inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = float(state["best"])
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.select != "best" or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise PetlError(f"select: best needs {self.monitor!r}, which this run does not log.")
+        value = float(trainer.callback_metrics[self.monitor])
+        if value > self.best:
+            self.best = value
+            self._write(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.select == "last" or self.best == float("-inf"):
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        rule = "last epoch" if self.select == "last" else f"best {self.monitor} over epochs"
+        pl_module.save_adapter(
+            self.directory,
+            {
+                "training": pl_module.protocol(),
+                "data": data.protocol(),
+                "selection": rule,
+                "metrics": _scalars(trainer.callback_metrics, ("val/",)),
+                "versions": {p: version(p) for p in ("torch", "timm", "transformers", "lightning")}
+                | {"python": platform.python_version()},
+            },
+        )
+
+
+class LoadAdapter(Callback):
+    """Puts the run's adapter into the model before it is evaluated."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def _load(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "fit":
+            return
+        config = read_config(self.directory)
+        mine = pl_module.method.to_dict()
+        if json.loads(json.dumps(mine)) != config["method"]:
+            raise PetlError(f"{self.directory} holds {config['method']}, the config asks for {mine}: not the same method.")
+        if config["labels"] != pl_module.labels:
+            raise PetlError(f"{self.directory} was trained on other classes than this data has.")
+        set_trained_tensors(pl_module.model, read_tensors(self.directory, config), str(self.directory))
+
+    on_validation_start = on_test_start = on_predict_start = _load
+
+
+class TokenPictures(Callback):
+    """After each validation, a picture of which patches kept a token in each stage, with true and predicted label."""
+
+    def __init__(self, directory: Path, count: int = 6) -> None:
+        self.directory, self.count = directory, count
+        self._batch: dict[str, Any] | None = None
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0 and not trainer.sanity_checking and trainer.is_global_zero:
+            self._batch = {k: v[: self.count] for k, v in batch.items()}
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        batch, self._batch = self._batch, None
+        module = attached(pl_module.backbone)
+        if batch is None or not isinstance(module, ReducingModule):
+            return
+        logits, masks = kept_patches(pl_module.backbone, pl_module.model, batch["image"])
+        if not masks:
+            return
+        labels, truth, found = pl_module.labels, batch["label"].tolist(), logits.argmax(-1).tolist()
+        preprocessing = trainer.datamodule.preprocessing  # type: ignore[attr-defined]
+        file = token_grid(
+            unnormalise(batch["image"], preprocessing["mean"], preprocessing["std"]),
+            masks,
+            module.events,
+            [f"{labels[f]} (true: {labels[t]})" for t, f in zip(truth, found, strict=True)],
+            [t == f for t, f in zip(truth, found, strict=True)],
+            self.directory / f"tokens_step{trainer.global_step:06d}.png",
+        )
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("val/tokens", [str(file)], step=trainer.global_step)
+
+
+class Results(Callback):
+    """Metrics of ``validate`` and ``test`` as JSON, predictions as CSV, and what a training took."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._began = 0.0
+        self._rows: list[tuple[int, int, float]] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._began = time.perf_counter()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if trainer.strategy.root_device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        self._write(trainer, "fit", {
+            "seconds": time.perf_counter() - self._began,
+            "peak_memory_bytes": peak,
+            **_scalars(trainer.callback_metrics, ("train/", "val/")),
+        })  # fmt: skip
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._write(trainer, "validate", _scalars(trainer.callback_metrics, ("val/",)))
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, "test", _scalars(trainer.callback_metrics, ("test/",)))
+
+    def _write(self, trainer: L.Trainer, stage: str, values: dict[str, float]) -> None:
+        if trainer.is_global_zero:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / f"{stage}_metrics.json").write_text(json.dumps(values, indent=2) + "\n")
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        columns = (outputs[k].tolist() for k in ("index", "prediction", "probability"))
+        self._rows += list(zip(*columns, strict=True))
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        name = "predictions.csv" if trainer.world_size == 1 else f"predictions_rank{trainer.global_rank}.csv"
+        temporary = self.directory / f".{name}.tmp"
+        with open(temporary, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["index", "prediction", "label", "probability"])
+            writer.writerows((i, p, pl_module.labels[p], f"{q:.6f}") for i, p, q in sorted(self._rows))
+        os.replace(temporary, self.directory / name)

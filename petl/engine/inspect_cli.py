@@ -1,0 +1,66 @@
+"""`petl report` and `petl data check`: build what a config describes, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from petl.engine.errors import check_class_paths
+from petl.errors import PetlError
+
+
+def _sections(args: Sequence[str], *wanted: str) -> Any:
+    """Instantiate the sections ``wanted`` ("model", "data") of a config, with overrides, as `petl fit` would."""
+    import lightning as L
+
+    from petl.engine.lightning_cli import Parser, register_methods
+
+    if not any(a.partition("=")[0] in ("--config", "-c") for a in args):
+        raise PetlError("give a config: --config FILE or the name of a shipped one ('petl ls').")
+    check_class_paths(args)
+    register_methods()
+    from jsonargparse import ActionConfigFile
+
+    parser = Parser(exit_on_error=False)
+    parser.add_argument("-c", "--config", action=ActionConfigFile)
+    parser.add_argument("--seed_everything", type=int | bool, default=0)
+    for key, kind in (("run_dir", str), ("overwrite", bool), ("select", str), ("checkpoint_every", int)):
+        parser.add_argument(f"--{key}", type=kind, default=None)
+    parser.add_lightning_class_args(L.Trainer, "trainer")
+    parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True)
+    parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
+    config = parser.parse_args(list(args))
+    for section in ("trainer", "model", "data"):
+        if section not in wanted:
+            del config[section]
+    return parser.instantiate_classes(config)
+
+
+def report(args: Sequence[str]) -> None:
+    """Print parameters, compute and memory of a config's model."""
+    from petl.backbones.classifier import Classifier
+    from petl.costs import report as count
+
+    sections = _sections(args, "model", "data")
+    task, data = sections.model, sections.data
+    classes = getattr(data, "num_classes", None) or getattr(task, "num_classes", None)
+    model = task.backbone
+    if classes:
+        from petl.nn.head import Head
+
+        model = Classifier(model, Head(task.head_kind, model.petl.view.width, classes))
+    size = getattr(data, "image_size", None)
+    print(count(model, (3, size, size) if size else None))
+
+
+def check_data(args: Sequence[str]) -> None:
+    """Print what a config's data set holds and what is wrong with it; bad data is an error."""
+    if not args or args[0] != "check":
+        raise PetlError("usage: petl data check --config FILE [--data.key value …]")
+    sections = _sections(args[1:], "data")
+    found = sections.data.check()
+    print("\n".join(found.lines))
+    if found.problems:
+        shown = "\n  ".join(found.problems[:20])
+        raise PetlError(f"{len(found.problems)} problems:\n  {shown}")
+    print("no problems found")

@@ -1,0 +1,120 @@
+"""What a method is: a frozen dataclass of options that builds a module of trained tensors for a backbone view."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from petl.backbones.base import BackboneView, BlockView, Call
+from petl.backbones.identity import Identity
+from petl.errors import PetlError, nearest
+
+M = TypeVar("M", bound="type[Method]")
+
+
+class MethodModule(nn.Module):
+    """The trained tensors of a method and what it does to each block. Stands in the model as ``model.petl``.
+
+    Subclasses override `block` (and `begin`); the default leaves the backbone as it is. State travels from block to
+    block as a value: no tensor is kept on the module, so that checkpointing, compilation and threads stay correct.
+    """
+
+    changes_blocks: ClassVar[bool] = False
+    trains_backbone: ClassVar[bool] = False
+
+    def __init__(self, method: Method, view: BackboneView) -> None:
+        super().__init__()
+        self.method, self.view = method, view
+        self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
+        self.identity: Identity  # of the frozen backbone, set by petl.attach
+
+    def begin(self, x: Tensor) -> Any:
+        """The state before block 0, from the embedded tokens (B, N, C)."""
+        return ()
+
+    def block(self, index: int, block: BlockView, x: Tensor, call: Call, state: Any) -> tuple[Tensor, Any]:
+        """Tokens and state after block ``index``."""
+        y = x + block.attention(x, call)
+        return y + block.ffn(y), state
+
+    def merge(self) -> None:
+        """Fold the trained tensors into the backbone (only called where the method is ``mergeable``)."""
+
+    def capture_blocks(self) -> tuple[int, ...]:
+        """Blocks whose class-token attention row is needed."""
+        return ()
+
+    def token_counts(self, patches: int) -> list[tuple[int, int]]:
+        """Tokens per block, prefix included: (into attention, into FFN)."""
+        return [(patches + self.view.prefix_tokens,) * 2] * self.view.depth
+
+    def macs(self, tokens: list[tuple[int, int]]) -> int:
+        """Multiply-accumulates per image of the trained part, for `token_counts`."""
+        return 0
+
+    def first_gradient(self) -> tuple[str, str]:
+        """The first point of the backbone that takes part in the backward pass, and why."""
+        return "head", "nothing inside the backbone is trained"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(ABC):
+    """Options of a method. Subclasses are frozen dataclasses, registered by name with `register`."""
+
+    name: ClassVar[str]
+    backbones: ClassVar[tuple[str, ...]] = ("timm_vit", "hf_clip_vision", "hf_vit")
+    mergeable: ClassVar[bool] = False
+
+    @property
+    def identity_at_start(self) -> bool:
+        """Whether the attached network computes what the frozen one does before the first step."""
+        return True
+
+    @abstractmethod
+    def build(self, view: BackboneView) -> MethodModule:
+        """The trained module for this backbone; raises `PetlError` where the method does not fit it."""
+
+    @abstractmethod
+    def parameter_count(self, view: BackboneView) -> int:
+        """Trained parameters without head, from the formula of the paper."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "options": dataclasses.asdict(self)}
+
+    def require(self, name: str, value: Any, low: float, integer: bool = True) -> None:
+        """Raise `PetlError` unless option ``name`` is a number of at least ``low``."""
+        kinds: tuple[type, ...] = (int,) if integer else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or value < low:
+            kind = "an integer" if integer else "a number"
+            raise PetlError(f"{type(self).__name__}({name}={value!r}): {name} must be {kind} of at least {low}.")
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: the registry name under which configs and adapters know a method."""
+
+    def mark(cls: M) -> M:
+        cls.name = name
+        return cls
+
+    return mark
+
+
+def from_dict(spec: dict[str, Any]) -> Method:
+    """The method of ``{"name": …, "options": {…}}``: registry names only, every option known, nothing imported by path."""
+    from petl.methods import get_method
+
+    if not isinstance(spec, dict) or not isinstance(spec.get("options", {}), dict):
+        raise PetlError("the method entry must be a mapping with 'name' and 'options'.")
+    cls = get_method(str(spec.get("name")))
+    options, known = spec.get("options", {}), {f.name for f in dataclasses.fields(cls)}
+    for key in options:
+        if key not in known:
+            raise PetlError(f"method {cls.name!r} has no option {key!r}: {nearest(key, known)}")
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        raise PetlError(f"method {cls.name!r} cannot be built from {options}: {error}") from error

@@ -1,0 +1,23 @@
+"""Linear probing: the backbone stays as it is, only the classification head is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from petl.backbones.base import BackboneView
+from petl.methods.base import Method, MethodModule, register
+
+
+@register("linear_probe")
+@dataclass(frozen=True)
+class LinearProbe(Method):
+    """Linear probing: train the head alone on frozen features."""
+
+    mergeable: ClassVar[bool] = True
+
+    def build(self, view: BackboneView) -> MethodModule:
+        return MethodModule(self, view)
+
+    def parameter_count(self, view: BackboneView) -> int:
+        return 0

@@ -1,0 +1,1 @@
+"""Parts that several methods share; nothing here knows a backbone."""

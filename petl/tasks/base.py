@@ -1,0 +1,91 @@
+"""What every task shares: slim strict checkpoints, steps that depend on their number alone, optimiser and schedule."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from petl.adapters.state import set_trained_tensors, trained_tensors
+from petl.errors import PetlError
+
+
+class FrozenTask(L.LightningModule):
+    """A task on a frozen backbone. Subclasses build ``self.model`` (a `Classifier` or attached model) in `setup`.
+
+    Checkpoints hold the trained tensors only and are loaded strictly. At the start of every step the random generators
+    are seeded from (seed, step, rank), so that a resumed run draws what the uninterrupted one would have drawn.
+    """
+
+    strict_loading = False  # Lightning's check, replaced by the exact one of `set_trained_tensors`
+
+    def __init__(self, lr: float, weight_decay: float, warmup_epochs: float, min_lr: float) -> None:
+        super().__init__()
+        for name, value in {"lr": lr, "weight_decay": weight_decay, "warmup_epochs": warmup_epochs, "min_lr": min_lr}.items():
+            if value < 0:
+                raise PetlError(f"{type(self).__name__}({name}={value}): {name} cannot be negative.")
+        self.lr, self.weight_decay, self.warmup_epochs, self.min_lr = lr, weight_decay, warmup_epochs, min_lr
+        self.model: nn.Module
+
+    @property
+    def seed(self) -> int:
+        """The seed of `lightning.seed_everything`, 0 where it was not called."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    # ---- checkpoints: trained tensors and optimiser state, plain tensors only
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = trained_tensors(self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        set_trained_tensors(self.model, checkpoint["state_dict"], "the checkpoint")
+        checkpoint["state_dict"] = {}
+
+    # ---- steps
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        digest = hashlib.sha256(f"{self.seed}/{self.global_step}/{self.global_rank}".encode()).digest()
+        value = int.from_bytes(digest[:4], "little")
+        torch.manual_seed(value)
+        np.random.seed(value)  # timm's Mixup draws from numpy
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if not parameters:
+            raise PetlError("nothing is trained: neither the method nor the head has parameters that require gradients.")
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+        epochs = self.trainer.max_epochs or -1
+        warmup = int(total * self.warmup_epochs / epochs) if epochs > 0 else 0
+        low = self.min_lr / self.lr if self.lr else 0.0
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            progress = (step - warmup) / max(1, total - warmup)
+            return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def protocol(self) -> dict[str, Any]:
+        """Everything on the model's side that decides a number."""
+        return {
+            "optimizer": "AdamW",
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "schedule": f"linear warm-up over {self.warmup_epochs:g} epochs, cosine to {self.min_lr:g}, per step",
+            "seed": self.seed,
+            "epochs": self.trainer.max_epochs,
+            "precision": str(self.trainer.precision),
+            "devices": self.trainer.world_size,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)

@@ -1,0 +1,169 @@
+"""Image classification: cross-entropy on a head over the pooled features of a frozen backbone with a method attached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from petl.adapters.artefact import save
+from petl.backbones import load_backbone
+from petl.backbones.classifier import Classifier
+from petl.errors import PetlError, nearest
+from petl.methods.attach import attach
+from petl.methods.base import Method
+from petl.nn.head import HEADS, Head
+from petl.tasks.base import FrozenTask
+
+
+class Classification(FrozenTask):
+    """Train a method for image classification.
+
+    Args:
+        backbone: a name (see `petl.list_backbones`), e.g. "timm/vit_base_patch16_224.orig_in21k", or the model itself.
+        method: what is trained, e.g. petl.SparseTuning.
+        head: "linear", or "bn_linear" (BatchNorm without affine part before the linear layer).
+        lr: peak learning rate of AdamW.
+        weight_decay: decoupled weight decay, on all trained tensors.
+        warmup_epochs: epochs of linear warm-up (may be a fraction).
+        min_lr: learning rate at the end of the cosine.
+        label_smoothing: share of the target spread over all classes.
+        mixup: Beta parameter of Mixup, 0 = off. Needs an even batch size per device.
+        cutmix: Beta parameter of CutMix, 0 = off.
+        checkpointing: recompute blocks in the backward pass: less memory, about a third more compute.
+        backbone_args: constructor arguments for a timm model, e.g. {img_size: 32, patch_size: 4}, and norm_eps.
+        weights: a local .safetensors file with the backbone's weights, instead of the published ones.
+        pretrained: false = random weights (baselines and tests).
+        num_classes: number of classes; normally taken from the data module.
+
+    Raises:
+        PetlError: unknown names, options out of range, a method that does not fit the backbone.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "bundled/tiny_clip_vision",
+        method: Method | None = None,
+        head: str = "linear",
+        lr: float = 1e-3,
+        weight_decay: float = 1e-4,
+        warmup_epochs: float = 0.0,
+        min_lr: float = 0.0,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        checkpointing: bool = False,
+        backbone_args: dict[str, Any] | None = None,
+        weights: str | None = None,
+        pretrained: bool = True,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__(lr, weight_decay, warmup_epochs, min_lr)
+        if head not in HEADS:
+            raise PetlError(f"Classification(head={head!r}): {nearest(head, HEADS)}")
+        if not 0 <= label_smoothing < 1:
+            raise PetlError(f"Classification(label_smoothing={label_smoothing}): it lies in [0, 1).")
+        if method is None:
+            from petl.methods.sparse_tuning import SparseTuning
+
+            method = SparseTuning()
+        self.backbone_name = backbone if isinstance(backbone, str) else None
+        self.backbone_args, self.weights, self.pretrained = dict(backbone_args or {}), weights, pretrained
+        network = backbone
+        if isinstance(network, str):
+            network = load_backbone(network, backbone_args, weights, pretrained)
+        self.backbone = attach(network, method)
+        self.backbone.petl.checkpointing = checkpointing  # type: ignore[union-attr]
+        self.method, self.head_kind, self.num_classes = method, head, num_classes
+        self.label_smoothing, self.mixup_alpha, self.cutmix_alpha = label_smoothing, mixup, cutmix
+        self.labels: list[str] | None = None
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What the backbone's weights expect: input_size (3, H, W), mean, std, interpolation. Read by data modules."""
+        return self.backbone.petl.view.preprocessing  # type: ignore[union-attr]
+
+    def setup(self, stage: str) -> None:
+        if hasattr(self, "model"):
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        classes = getattr(data, "num_classes", None) or self.num_classes
+        if not classes:
+            raise PetlError("the number of classes is not known: use a petl data module, or pass num_classes.")
+        self.labels = list(getattr(data, "labels", None) or map(str, range(classes)))
+        head = Head(self.head_kind, self.backbone.petl.view.width, classes)  # type: ignore[union-attr,arg-type]
+        self.model = Classifier(self.backbone, head)
+        self.accuracies = nn.ModuleDict(
+            {
+                f"{split}_{name}": MulticlassAccuracy(classes, average=average)
+                for split in ("train", "val", "test")
+                for name, average in (("acc", "micro"), ("mean_class_acc", "macro"))
+                if split != "train" or name == "acc"
+            }
+        )
+        self.mix = None
+        if self.mixup_alpha or self.cutmix_alpha:
+            self.mix = Mixup(self.mixup_alpha, self.cutmix_alpha, label_smoothing=self.label_smoothing, num_classes=classes)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        images, labels = batch["image"], batch["label"]
+        if self.mix is None:
+            logits = self.model(images)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        else:
+            if len(images) % 2:
+                raise PetlError(f"Mixup pairs images and needs an even batch per device; this one has {len(images)}.")
+            images, targets = self.mix(images, labels)
+            logits = self.model(images)
+            loss = F.cross_entropy(logits.float(), targets)
+        self.accuracies["train_acc"](logits, labels)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
+        self.log("train/acc", self.accuracies["train_acc"], on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: dict[str, Any], split: str) -> None:
+        logits = self.model(batch["image"]).float()
+        loss = F.cross_entropy(logits, batch["label"])
+        self.log(f"{split}/loss", loss, on_epoch=True, sync_dist=True, batch_size=len(logits))
+        for name in ("acc", "mean_class_acc"):
+            metric = self.accuracies[f"{split}_{name}"]
+            metric.update(logits, batch["label"])
+            self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "acc")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Sample index, predicted class and its probability for each image of the batch."""
+        probabilities = self.model(batch["image"]).float().softmax(-1)
+        best = probabilities.max(-1)
+        return {"index": batch["index"], "prediction": best.indices, "probability": best.values}
+
+    def protocol(self) -> dict[str, Any]:
+        return super().protocol() | {
+            "label_smoothing": self.label_smoothing,
+            "mixup": self.mixup_alpha,
+            "cutmix": self.cutmix_alpha,
+            "pretrained": self.pretrained,
+        }
+
+    def save_adapter(self, directory: str | Path, protocol: dict[str, Any]) -> Path:
+        """Write the adapter of the model as it is now (see `petl.save`)."""
+        data = getattr(self.trainer, "datamodule", None)
+        return save(
+            self.model,
+            directory,
+            self.backbone_name if self.pretrained else None,
+            backbone_args=self.backbone_args,
+            weights_file=Path(self.weights).name if self.weights else None,
+            labels=self.labels,
+            preprocessing=getattr(data, "preprocessing", None),
+            protocol=protocol,
+        )
