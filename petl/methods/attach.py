@@ -6,7 +6,6 @@ The model stays the object it was: its class, its weights and their names. What 
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,16 +62,19 @@ class _Site:
         return self.run.step(self.index, self.block, hidden_states, Call(args, kwargs))
 
 
-def _train(model: nn.Module, mode: bool = True) -> nn.Module:
-    """`nn.Module.train` that leaves frozen modules in ``eval()``: no dropout, no DropPath, no moving statistics."""
-    attached: MethodModule = model.petl  # type: ignore[assignment]
-    if attached.trains_backbone:
-        return type(model).train(model, mode)
-    type(model).train(model, False)
-    attached.train(mode)
-    for _, head in attached.view.head_modules():
-        head.train(mode)
-    return model
+class _Mode:
+    """The replacement of a model's ``train``: frozen modules stay in ``eval()`` (no dropout, DropPath, moving averages)."""
+
+    def __init__(self, model: nn.Module, module: MethodModule) -> None:
+        self.model, self.module = model, module
+
+    def train(self, mode: bool = True) -> nn.Module:
+        model, module = self.model, self.module
+        type(model).train(model, mode and module.trains_backbone)
+        module.train(mode)
+        for _, head in module.view.head_modules():
+            head.train(mode)
+        return model
 
 
 def attach(model: nn.Module, method: Method) -> nn.Module:
@@ -118,7 +120,7 @@ def attach(model: nn.Module, method: Method) -> nn.Module:
     training = model.training
     module._blocks = blocks  # type: ignore[assignment]
     model.add_module("petl", module)
-    model.train = MethodType(_train, model)  # type: ignore[method-assign]
+    model.train = _Mode(model, module).train  # type: ignore[method-assign]
     model.train(training)
     return model
 

@@ -1,0 +1,74 @@
+"""Image preprocessing on torchvision: what evaluation does, and the few augmentations on top of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from petl.errors import PetlError, nearest
+
+AUGMENTATIONS = ("none", "flip_crop", "shift")
+MODES = ("resize", "center_crop")
+CROP_SHARE = 0.875
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL mode to RGB: 16-bit grey is scaled, transparency is laid on white."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _parts(preprocessing: Mapping[str, Any]) -> tuple[list[int], InterpolationMode, Callable[[Image.Image], Tensor]]:
+    mode = preprocessing.get("mode")
+    if mode not in MODES:
+        raise PetlError(f"preprocessing mode {mode!r}: {nearest(str(mode), MODES)}")
+    try:
+        size = [int(v) for v in preprocessing["image_size"]]
+        interpolation = InterpolationMode(str(preprocessing["interpolation"]))
+        mean, std = ([float(v) for v in preprocessing[k]] for k in ("mean", "std"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise PetlError(f"preprocessing record is not usable: {type(error).__name__}: {error}") from error
+    normalise = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    return size, interpolation, normalise
+
+
+def evaluation_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
+    """PIL image -> normalised tensor (3, H, W), as in evaluation.
+
+    ``preprocessing``: ``image_size`` [H, W], ``mean``, ``std``, ``interpolation``, and ``mode``: "resize" straight to the
+    size, or "center_crop" of a picture whose shorter side is the size / 0.875. Raises `PetlError` for anything else.
+    """
+    size, interpolation, normalise = _parts(preprocessing)
+    if preprocessing["mode"] == "resize":
+        steps = [v2.Resize(size, interpolation, antialias=True)]
+    else:
+        steps = [v2.Resize(round(max(size) / CROP_SHARE), interpolation, antialias=True), v2.CenterCrop(size)]
+    return v2.Compose([to_rgb, *steps, normalise])
+
+
+def train_transform(preprocessing: Mapping[str, Any], augmentation: str) -> Callable[[Image.Image], Tensor]:
+    """PIL image -> normalised tensor (3, H, W), with augmentation.
+
+    "none" is evaluation; "flip_crop": random resized crop (40 to 100 % of the area) and horizontal flip; "shift": moved
+    by up to a sixteenth of the picture, for things that must not be flipped.
+    """
+    if augmentation not in AUGMENTATIONS:
+        raise PetlError(f"augmentation {augmentation!r}: {nearest(augmentation, AUGMENTATIONS)}")
+    if augmentation == "none":
+        return evaluation_transform(preprocessing)
+    size, interpolation, normalise = _parts(preprocessing)
+    if augmentation == "flip_crop":
+        crop = v2.RandomResizedCrop(size, scale=(0.4, 1.0), interpolation=interpolation, antialias=True)
+        return v2.Compose([to_rgb, crop, v2.RandomHorizontalFlip(), normalise])
+    shift = v2.RandomAffine(0, translate=(1 / 16, 1 / 16), interpolation=InterpolationMode.BILINEAR)
+    return v2.Compose([to_rgb, v2.Resize(size, interpolation, antialias=True), shift, normalise])
