@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from petl.backbones.base import BackboneView
 
 BUNDLED = ("bundled/tiny_clip_vision",)
+TIMM_ARGS = (  # constructor arguments a config or an adapter may set; none of them names a file or an address
+    "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "qk_norm", "init_values",
+    "class_token", "reg_tokens", "global_pool", "pos_embed", "no_embed_class", "pre_norm", "final_norm", "fc_norm",
+    "dynamic_img_size", "drop_path_rate", "norm_eps",
+)  # fmt: skip
 FAMILIES = {  # what `petl ls` prints without importing a library
     "timm_vit": "timm/<name>, any VisionTransformer: timm/vit_base_patch16_224.orig_in21k, DeiT, DINOv2, CLIP, SigLIP",
     "hf_clip_vision": "hf/<hub id>: hf/openai/clip-vit-base-patch16 (vision tower)",
@@ -76,6 +81,9 @@ def load_backbone(
     """
     library, _, rest = name.partition("/")
     args = dict(args or {})
+    for key in args:
+        if key not in TIMM_ARGS:
+            raise PetlError(f"backbone {name!r} takes no argument {key!r}: {nearest(key, TIMM_ARGS)}")
     if library == "bundled":
         if name not in BUNDLED:
             raise PetlError(f"backbone {name!r} is not bundled: {nearest(name, BUNDLED)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,9 @@ from petl.data.loading import EvalSampler, KeyedDataset, ResumableLoader, TrainS
 from petl.data.transforms import evaluation_transform, train_transform
 from petl.errors import PetlError
 
+SHOWN = 10  # problems named in an error; the rest are counted
+USED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+
 
 class Sample(NamedTuple):
     """One entry of a split: a file (or an image in memory), its label, and the name that goes into the split's hash."""
@@ -29,18 +32,22 @@ class Sample(NamedTuple):
     name: str
 
 
-class Split(list[Sample]):
+class Split:
     """The samples of a split; ``split[i]`` gives (PIL image, label)."""
 
-    def __getitem__(self, i: Any) -> Any:
-        sample = super().__getitem__(i)
-        if not isinstance(sample, Sample):
-            return sample
-        return (sample.image if isinstance(sample.image, Image.Image) else read_image(sample.image)), sample.label
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        self.samples = list(samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        image, label, _ = self.samples[i]
+        return (read_image(image) if isinstance(image, Path) else image), label
 
     def digest(self) -> str:
         """SHA-256 over the lines ``name label``."""
-        return hashlib.sha256("".join(f"{s.name} {s.label}\n" for s in self).encode()).hexdigest()
+        return hashlib.sha256("".join(f"{s.name} {s.label}\n" for s in self.samples).encode()).hexdigest()
 
 
 def read_image(path: Path) -> Image.Image:
@@ -49,8 +56,8 @@ def read_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return image
-    except (OSError, SyntaxError, ValueError) as error:
-        kind = "does not exist" if not path.exists() else f"is cut short or not an image ({error})"
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, DecompressionBombError
+        kind = f"is cut short or not an image ({error})" if path.exists() else "does not exist"
         raise PetlError(f"image {path} {kind}.") from error
 
 
@@ -79,6 +86,7 @@ class ImageDataModule(L.LightningDataModule):
 
     name: str
     mode = "resize"  # see `evaluation_transform`
+    interpolation: str | None = None  # None = the backbone's
     augmentation = "none"
 
     def __init__(
@@ -92,31 +100,50 @@ class ImageDataModule(L.LightningDataModule):
         check_images: bool = True,
     ) -> None:
         super().__init__()
+        for key, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("image_size", image_size, 1),
+        ):
+            if value is not None and value < least:
+                raise PetlError(f"{type(self).__name__}({key}={value}): it is at least {least}.")
         self.batch_size, self.num_workers, self.seed, self.check_images = batch_size, num_workers, seed, check_images
         self.image_size, self.mean, self.std = image_size, mean, std
         self.num_classes: int
         self.labels: list[str]
         self.splits: dict[str, Split] = {}  # "train", "val", "test": those that exist
         self.split_names: dict[str, str] = {}  # the data set's own names for them
-        self.preprocessing: dict[str, Any] = {}
+        self.preprocessing: dict[str, Any] = {}  # what `evaluation_transform` takes; after `setup`
         self.problems: list[str] = []  # found by `read`
-        self._checked: set[str] = set()
+        self._has_read = False
+        self._damage: dict[str, list[str]] = {}  # by split: what decoding found
 
     @abstractmethod
     def read(self) -> None:
         """Fill ``splits``, ``split_names``, ``num_classes``, ``labels`` and ``problems``."""
 
+    def _read_once(self) -> None:
+        if not self._has_read:
+            self.splits, self.split_names, self.problems = {}, {}, []
+            self.read()
+            self._has_read = True
+
     # ---- Lightning's hooks
 
     def setup(self, stage: str) -> None:
-        if not self.splits:
-            self.read()
+        """Read the lists and look at every image of the splits that ``stage`` uses. Raises `PetlError` for bad data."""
+        self._read_once()
         self.preprocessing = self._preprocessing()
-        needed = ("train", "val") if stage == "fit" else ("val",) if stage == "validate" else ("test",)
-        problems = self.problems + self._damaged([s for s in needed if s in self.splits])
+        problems = self.problems + self._damaged([s for s in USED[stage] if s in self.splits])
         if problems:
-            more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-            raise PetlError(f"{self.name}: {len(problems)} problems in the data:\n  " + "\n  ".join(problems[:10]) + more)
+            more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+            listed = "\n  ".join(problems[:SHOWN])
+            raise PetlError(f"{self.name}: {len(problems)} problems in the data:\n  {listed}{more}")
+        if USED[stage][0] not in self.splits:
+            there = ", ".join(f"{s} ({n})" for s, n in self.split_names.items())
+            raise PetlError(
+                f"{self.name} has no {USED[stage][0]} split, which {stage!r} uses; it has: {there or 'none'}."
+            )
 
     def _preprocessing(self) -> dict[str, Any]:
         weights: dict[str, Any] = getattr(getattr(self.trainer, "lightning_module", None), "preprocessing", None) or {}
@@ -124,17 +151,27 @@ class ImageDataModule(L.LightningDataModule):
         mean, std = self.mean or weights.get("mean"), self.std or weights.get("std")
         if not size or mean is None or std is None:
             raise PetlError(
-                f"{self.name}: without a Trainer the backbone's preprocessing is not known; pass image_size, mean and std "
-                "(they are in petl's Classification(...).preprocessing)."
+                f"{self.name}: without a Trainer the backbone's preprocessing is not known; pass image_size, mean and "
+                "std (they are in petl's Classification(...).preprocessing)."
             )
-        interpolation = weights.get("interpolation", "bicubic")
-        return {"image_size": size, "mean": list(mean), "std": list(std), "interpolation": interpolation, "mode": self.mode}
+        return {
+            "image_size": size,
+            "mean": list(mean),
+            "std": list(std),
+            "interpolation": self.interpolation or weights.get("interpolation", "bicubic"),
+            "mode": self.mode,
+        }
 
     def train_dataloader(self) -> Any:
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise PetlError("Trainer(overfit_batches) replaces petl's data order: use limit_train_batches instead.")
+        if "train" not in self.splits:
+            raise PetlError(f"{self.name} has no train split; call setup('fit') before train_dataloader().")
         world, rank = self._world()
-        data = KeyedDataset(self._split("train"), train_transform(self.preprocessing, self.augmentation), self.seed)
+        data = KeyedDataset(self.splits["train"], train_transform(self.preprocessing, self.augmentation), self.seed)
         sampler = TrainSampler(data, self.batch_size, world, rank, self.seed)
-        return ResumableLoader(data, self.batch_size // world, sampler=sampler, drop_last=True, **self._loader())
+        limit = self.trainer.limit_train_batches if self.trainer else 1.0
+        return ResumableLoader(data, sampler, self.num_workers, torch.cuda.is_available(), limit)
 
     def val_dataloader(self) -> Any:
         return self._evaluation("val")
@@ -150,28 +187,25 @@ class ImageDataModule(L.LightningDataModule):
             return []
         world, rank = self._world()
         data = KeyedDataset(self.splits[split], evaluation_transform(self.preprocessing), self.seed)
-        size = max(1, self.batch_size // world)
-        return DataLoader(data, size, sampler=EvalSampler(data, world, rank), **self._loader())
-
-    def _split(self, split: str) -> Split:
-        if split not in self.splits:
-            raise PetlError(f"{self.name} has no {split} split.")
-        return self.splits[split]
+        return DataLoader(
+            data,
+            max(1, self.batch_size // world),
+            sampler=EvalSampler(data, world, rank),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # an iterator draws a seed when it is made: not from the training's generator
+        )
 
     def _world(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
-    def _loader(self) -> dict[str, Any]:
-        workers = self.num_workers
-        return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
-
     # ---- checks and record
 
     def _damaged(self, splits: Sequence[str]) -> list[str]:
-        """Images of these splits that are missing or do not decode; every file is looked at once."""
-        splits = [s for s in splits if s not in self._checked]
-        self._checked.update(splits)
-        files = [s.image for name in splits for s in list.__iter__(self.splits[name]) if isinstance(s.image, Path)]
+        """Images of these splits that are missing or do not decode; every split is looked at once."""
+        new = {s: [x.image for x in self.splits[s].samples if isinstance(x.image, Path)] for s in splits}
+        new = {s: files for s, files in new.items() if s not in self._damage}
 
         def problem(path: Path) -> str | None:
             try:
@@ -184,35 +218,41 @@ class ImageDataModule(L.LightningDataModule):
             return None
 
         with ThreadPoolExecutor(8) as pool:  # decoders release the GIL
-            return [p for p in pool.map(problem, dict.fromkeys(files)) if p]
+            files = list(dict.fromkeys(f for v in new.values() for f in v))
+            found = dict(zip(files, pool.map(problem, files), strict=True))
+        self._damage |= {s: [p for f in dict.fromkeys(v) if (p := found[f])] for s, v in new.items()}
+        return list(dict.fromkeys(p for s in splits for p in self._damage[s]))
 
     def check(self) -> CheckReport:
         """Look at every split and every image. Raises nothing: problems are listed."""
-        report = CheckReport([f"{self.name}"])
+        report = CheckReport([self.name])
         try:
-            self.read()
+            self._read_once()
         except PetlError as error:
             report.problems.append(str(error))
             return report
-        report.lines.append(f"classes  {self.num_classes}: {', '.join(self.labels[:10])}{' …' * (len(self.labels) > 10)}")
-        for split, samples in self.splits.items():
-            counts = Counter(s.label for s in list.__iter__(samples))
+        shown = ", ".join(self.labels[:10]) + (" …" if len(self.labels) > 10 else "")
+        report.lines.append(f"classes  {self.num_classes}: {shown}")
+        for split, data in self.splits.items():
+            counts = Counter(s.label for s in data.samples)
             spread = f"{min(counts.values())} to {max(counts.values())} per class" if counts else "empty"
             report.lines.append(
-                f"{split:<8} {self.split_names[split]}: {len(samples)} images, {len(counts)} classes seen, {spread}, "
-                f"list SHA-256 {samples.digest()[:16]}"
+                f"{split:<8} {self.split_names[split]}: {len(data)} images, {len(counts)} classes seen, {spread}, "
+                f"list SHA-256 {data.digest()[:16]}"
             )
         report.problems += self.problems + self._damaged(list(self.splits))
         return report
 
     def protocol(self) -> dict[str, Any]:
-        """Everything on the side of the data that decides a number, as JSON values."""
+        """What decides a number on the side of the data, as JSON values; ``preprocessing`` is empty before `setup`."""
+        self._read_once()
         return {
             "dataset": self.name,
             "splits": {
                 s: {"name": self.split_names[s], "images": len(v), "sha256": v.digest()} for s, v in self.splits.items()
             },
             "num_classes": self.num_classes,
+            "selection": f"on {self.split_names['val']}" if "val" in self.splits else "last epoch",
             "batch_size": self.batch_size,
             "seed": self.seed,
             "augmentation": self.augmentation,

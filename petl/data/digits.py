@@ -26,6 +26,7 @@ class Digits(ImageDataModule):
     """
 
     name = "digits"
+    interpolation = "bicubic"
 
     def __init__(
         self,

@@ -32,39 +32,53 @@ def stable_hash(*parts: int) -> int:
 
 
 class TrainSampler(DistributedSampler):
-    """Shuffled order, the same global batches for any number of processes.
+    """Shuffled order as keys (epoch, index), the same global batches for any number of processes.
 
     Global batch k is ``order[k B : (k + 1) B]``; each rank takes its contiguous part. What is left of the epoch behind
-    the last whole batch is dropped. A `DistributedSampler`, so that Lightning uses it as it is.
+    the last whole batch is dropped. A `DistributedSampler`, so that Lightning uses it as it is and calls `set_epoch`.
+
+    Args:
+        data: anything with a length.
+        global_batch: samples per step over all processes, B.
+        world, rank: number of processes, and which of them this is.
+        seed: of the order.
+
+    Raises `PetlError` if B is not a multiple of ``world``, or if ``data`` is smaller than one batch.
     """
 
     def __init__(self, data: Sized, global_batch: int, world: int, rank: int, seed: int) -> None:
         if global_batch < 1 or global_batch % world:
-            near = max(world, global_batch // world * world)
+            low = max(world, global_batch // world * world)
             raise PetlError(
-                f"batch_size {global_batch} is the global batch and must be a positive multiple of the {world} processes; "
-                f"nearest: {near} or {near + world}."
+                f"batch_size {global_batch} is the global batch and must be a positive multiple of the {world} "
+                f"processes; nearest: {low} or {low + world}."
             )
         if len(data) < global_batch:
-            raise PetlError(f"the training set has {len(data)} samples, fewer than one batch of {global_batch}.")
+            raise PetlError(
+                f"the training set has {len(data)} samples, fewer than one batch of {global_batch}; "
+                f"use a batch_size of at most {len(data) // world * world}."
+            )
         super().__init__(data, num_replicas=world, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         self.count, self.global_batch = len(data), global_batch
         self.skip = 0  # batches left out at the start of the next pass, once
+        self.ahead = 0  # `set_epoch` counts this many epochs too many (see `ResumableLoader`)
 
     def __iter__(self) -> Iterator[Any]:
         skip, self.skip = self.skip, 0
-        indices, part = order(self.count, self.seed, self.epoch), self.global_batch // self.num_replicas
+        epoch, part = self.epoch - self.ahead, self.global_batch // self.num_replicas
+        indices = order(self.count, self.seed, epoch)
         for batch in range(skip, self.count // self.global_batch):
             start = batch * self.global_batch + self.rank * part
             for index in indices[start : start + part]:
-                yield self.epoch, index
+                yield epoch, index
 
     def __len__(self) -> int:
+        """Samples of this rank in a whole epoch, whatever is skipped."""
         return self.count // self.global_batch * self.global_batch // self.num_replicas
 
 
 class EvalSampler(DistributedSampler):
-    """Every sample exactly once over all processes: no padding, no duplicates."""
+    """Keys (0, index), every sample exactly once over all processes: no padding, no duplicates."""
 
     def __init__(self, data: Sized, world: int, rank: int) -> None:
         super().__init__(data, num_replicas=world, rank=rank, shuffle=False)  # type: ignore[arg-type]
@@ -78,7 +92,11 @@ class EvalSampler(DistributedSampler):
 
 
 class KeyedDataset(Dataset):
-    """Samples by (epoch, index): ``{"image", "label", "index"}``. ``source[i]`` gives (PIL image, label)."""
+    """Samples by (epoch, index): ``{"image": tensor, "label": int, "index": int}``.
+
+    ``source[i]`` gives (PIL image, label). A random ``transform`` draws from a generator that is seeded from (seed,
+    epoch, index), and the caller's random state is left as it was.
+    """
 
     def __init__(self, source: Any, transform: Callable[[Any], Tensor], seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
@@ -95,35 +113,66 @@ class KeyedDataset(Dataset):
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader over a `TrainSampler` that continues behind the batches handed out before the checkpoint."""
+    """A DataLoader over a `TrainSampler` that continues behind the batches handed out before the checkpoint.
+
+    A pass begins with its first batch and not with ``iter()``: Lightning calls ``iter()`` before it tells the sampler
+    the epoch, and workers would prefetch from another epoch's order.
+
+    Args:
+        data: takes the sampler's keys.
+        sampler: decides batch size, order and epoch.
+        num_workers: loader processes; they live as long as the loader.
+        pin_memory: as in `DataLoader`.
+        limit: how much of an epoch is used, as in ``Trainer(limit_train_batches)``: a number of batches, or a share.
+    """
 
     sampler: TrainSampler
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._epoch, self._handed_out, self._resume_epoch = 0, 0, -1
+    def __init__(
+        self,
+        data: KeyedDataset,
+        sampler: TrainSampler,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        limit: int | float = 1.0,
+    ) -> None:
+        super().__init__(
+            data,
+            sampler.global_batch // sampler.num_replicas,
+            sampler=sampler,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # an iterator draws a seed when it is made: not from the global state
+        )
+        whole = len(self)
+        self._used = min(whole, limit) if isinstance(limit, int) else int(whole * limit)
+        self._epoch, self._handed_out = 0, 0
+        self._resume: tuple[int, int] | None = None  # epoch and batches to skip, for the next pass
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if self._resume_epoch >= 0:
-            self.sampler.set_epoch(self._resume_epoch)
-            self.sampler.skip, self._resume_epoch = self._handed_out, -1
-        else:
-            self._handed_out = 0
-        inner = super().__iter__()  # at once, so that workers start before the first batch is asked for
-        return self._count(inner)
+        return self._pass()
 
-    def _count(self, inner: Iterator[Any]) -> Iterator[Any]:
-        for batch in inner:
+    def _pass(self) -> Iterator[Any]:
+        sampler = self.sampler
+        if self._resume is not None:
+            # The checkpoint knows the epoch. Lightning does not always: with max_steps, it counts an epoch twice when
+            # it resumes from the end of one, and stays ahead by it.
+            self._epoch, self._handed_out = self._resume
+            sampler.ahead, sampler.skip, self._resume = sampler.epoch - self._epoch, self._handed_out, None
+        else:
+            self._epoch, self._handed_out = sampler.epoch - sampler.ahead, 0
+        for batch in super().__iter__():
             self._handed_out += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and batches handed out in it."""
-        return {"epoch": self.sampler.epoch, "batches": self._handed_out}
+        """Epoch, and batches of it that were handed out (a batch in flight counts as handed out)."""
+        epoch, batches = self._resume or (self._epoch, self._handed_out)
+        return {"epoch": epoch, "batches": batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Start the next pass behind what ``state`` says was handed out; a finished epoch is followed by the next."""
         epoch, batches = int(state["epoch"]), int(state["batches"])
-        if batches >= len(self):
-            epoch, batches = epoch + 1, 0
-        self._resume_epoch, self._handed_out = epoch, batches
+        self._resume = (epoch + 1, 0) if batches >= self._used else (epoch, batches)
+        self.sampler.set_epoch(self._resume[0])

@@ -45,8 +45,8 @@ def _parts(preprocessing: Mapping[str, Any]) -> tuple[list[int], InterpolationMo
 def evaluation_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
     """PIL image -> normalised tensor (3, H, W), as in evaluation.
 
-    ``preprocessing``: ``image_size`` [H, W], ``mean``, ``std``, ``interpolation``, and ``mode``: "resize" straight to the
-    size, or "center_crop" of a picture whose shorter side is the size / 0.875. Raises `PetlError` for anything else.
+    ``preprocessing``: ``image_size`` [H, W], ``mean``, ``std``, ``interpolation``, and ``mode``: "resize" straight to
+    the size, or "center_crop" of a picture whose shorter side is the size / 0.875. Raises `PetlError` for others.
     """
     size, interpolation, normalise = _parts(preprocessing)
     if preprocessing["mode"] == "resize":

@@ -1,11 +1,13 @@
 """VTAB-1k in the layout of the NOAH release: ``ROOT/<task>/{train800,val200,train800val200,test}.txt`` and ``images/``.
 
-Lines are ``path label``, the path relative to the task folder. Protocol: choose on train800 / val200, train finally on
-train800val200, test once; images are resized straight to the input size, no augmentation.
+Lines are ``path label``, the path relative to the task folder; it may hold spaces. ``labels.txt``, one class name per
+line, may lie beside them. Protocol: choose on train800 / val200, train finally on train800val200, test once; images are
+resized straight to the input size (bicubic), no augmentation.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,7 @@ TASKS = {
     "smallnorb_azi": Task("Structured", 18), "smallnorb_ele": Task("Structured", 9),
 }  # fmt: skip
 TRAIN_SPLITS = ("train800", "train800val200")
+LINE = re.compile(r"(.*\S.*) (-?[0-9]{1,6})\s*")  # path and label: at the last space, since paths may hold spaces
 
 
 class VTAB(ImageDataModule):
@@ -45,6 +48,8 @@ class VTAB(ImageDataModule):
         seed: of the data order.
         check_images: decode every image of the splits in use before the first epoch.
     """
+
+    interpolation = "bicubic"
 
     def __init__(
         self,
@@ -65,48 +70,61 @@ class VTAB(ImageDataModule):
         self.folder, self.task, self.train_split = Path(root) / task, task, train_split
         self.name = f"vtab/{task}" if task in TASKS else f"vtab layout/{task} (not one of the 19)"
         if not self.folder.is_dir():
-            there = [p.name for p in Path(root).iterdir() if p.is_dir()] if Path(root).is_dir() else []
-            place = f"{root} has no folder {task!r}" if there else f"{root} is not a folder with VTAB tasks"
-            raise PetlError(f"VTAB task {task!r}: {nearest(task, there or TASKS)} ({place}).")
+            if not Path(root).is_dir():
+                raise PetlError(f"VTAB root {root} does not exist: give the folder that holds the task folders (root).")
+            there = [p.name for p in Path(root).iterdir() if p.is_dir()]
+            raise PetlError(f"VTAB root {root} has no task {task!r}: {nearest(task, there)}")
 
     def read(self) -> None:
-        used = {"train": self.train_split, "test": "test"} | ({"val": "val200"} if self.train_split == "train800" else {})
-        lists = {}
+        validated = {"val": "val200"} if self.train_split == "train800" else {}
+        used = {"train": self.train_split, **validated, "test": "test"}
+        lists: dict[str, list[tuple[int, Sample]]] = {}  # by split: (line number, sample)
         for split, name in used.items():
             file = self.folder / f"{name}.txt"
             if file.is_file():
                 lists[split] = self._read_list(file)
             elif split != "test":
                 self.problems.append(f"list {file} does not exist.")
-        highest = max((s.label for v in lists.values() for s in list.__iter__(v)), default=0)
-        self.num_classes = TASKS[self.task].num_classes if self.task in TASKS else highest + 1
-        self.labels = self._labels()
+        self.labels = self._labels(max((s.label for v in lists.values() for _, s in v), default=0))
+        self.num_classes = len(self.labels)
         for split, samples in lists.items():
-            for line, sample in enumerate(list.__iter__(samples), 1):
-                if not 0 <= sample.label < self.num_classes:
-                    file = self.folder / f"{used[split]}.txt"
-                    self.problems.append(f"{file} line {line}: label {sample.label} is outside 0 to {self.num_classes - 1}.")
-        self.splits, self.split_names = lists, {s: used[s] for s in lists}
+            file = self.folder / f"{used[split]}.txt"
+            self.problems += [
+                f"{file} line {line}: label {s.label} is outside 0 to {self.num_classes - 1}."
+                for line, s in samples
+                if not 0 <= s.label < self.num_classes
+            ]
+            self.splits[split], self.split_names[split] = Split(s for _, s in samples), used[split]
 
-    def _read_list(self, file: Path) -> Split:
-        split = Split()
-        for line, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            name, _, label = text.strip().rpartition(" ")
-            if not name or not label.lstrip("-").isdigit():
-                self.problems.append(f"{file} line {line}: {text!r} is not 'path label'.")
+    def _read_list(self, file: Path) -> list[tuple[int, Sample]]:
+        samples = []
+        for number, line in enumerate(self._lines(file), 1):
+            found = LINE.fullmatch(line)
+            name, label = found.groups() if found else ("", "")
+            if not found:
+                self.problems.append(f"{file} line {number}: {line!r} is not 'path label'.")
             elif ".." in Path(name).parts or Path(name).is_absolute():
-                self.problems.append(f"{file} line {line}: {name!r} leads out of the task folder.")
+                self.problems.append(f"{file} line {number}: {name!r} leads out of the task folder.")
             else:
-                split.append(Sample(self.folder / name, int(label), name))
-        if not split:
-            self.problems.append(f"list {file} is empty.")
-        return split
+                samples.append((number, Sample(self.folder / name, int(label), name)))
+        if not samples:
+            self.problems.append(f"list {file} holds no images.")
+        return samples
 
-    def _labels(self) -> list[str]:
+    def _labels(self, highest: int) -> list[str]:
+        """Class names: ``labels.txt``, else numbers. Of your own task, it or the lists say how many."""
         file = self.folder / "labels.txt"
-        if not file.is_file():
-            return [str(i) for i in range(self.num_classes)]
-        labels = file.read_text(encoding="utf-8").splitlines()
-        if len(labels) != self.num_classes:
-            self.problems.append(f"{file} names {len(labels)} classes, the task has {self.num_classes}.")
-        return labels
+        labels = [line.strip() for line in self._lines(file)] if file.is_file() else None
+        count = TASKS[self.task].num_classes if self.task in TASKS else len(labels or range(highest + 1))
+        if labels and len(labels) != count:
+            self.problems.append(f"{file} names {len(labels)} classes, the task has {count}.")
+            labels = None
+        return labels or [str(i) for i in range(count)]
+
+    def _lines(self, file: Path) -> list[str]:
+        """Lines of a text file without the empty ones at its end."""
+        try:
+            return file.read_text(encoding="utf-8").rstrip().split("\n")  # names may hold what splitlines() splits at
+        except UnicodeDecodeError as error:
+            self.problems.append(f"{file} is not text in UTF-8: {error}.")
+            return []

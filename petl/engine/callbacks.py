@@ -123,6 +123,9 @@ class LoadAdapter(Callback):
         mine = pl_module.method.to_dict()
         if json.loads(json.dumps(mine)) != config["method"]:
             raise PetlError(f"{self.directory} holds {config['method']}, the config asks for {mine}: not the same method.")
+        expected = config["backbone"]["weights_bf16"]
+        if attached(pl_module.backbone).identity.weights_bf16 != expected:
+            raise PetlError(f"{self.directory} was trained on other backbone weights than this config names.")
         if config["labels"] != pl_module.labels:
             raise PetlError(f"{self.directory} was trained on other classes than this data has.")
         set_trained_tensors(pl_module.model, read_tensors(self.directory, config), str(self.directory))

@@ -68,16 +68,77 @@ def check_class_paths(args: Sequence[str]) -> None:
                 )
 
 
-def explain(message: str, args: Sequence[str], options: Sequence[str] = ()) -> str:
-    """jsonargparse's message as one paragraph with the place and the nearest valid names."""
+_UNKNOWN = re.compile(
+    r"(?:Option '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|[Uu]nrecognized arguments?: -*([\w.]+))"
+)
+_CLASS = re.compile(r"(?:Problem with given class_path '([\w.]+)'|Expected a dot import path string: (\S+))")
+_VALUE = re.compile(r"Expected an? (.+?)\. Got value: (.*?)(?= - Expected|$)")
+_TOP = ("run_dir", "overwrite", "select", "checkpoint_every", "seed_everything", "ckpt_path", "config", "model", "data")
+
+
+def explain(message: str, args: Sequence[str]) -> str:
+    """jsonargparse's message as one paragraph: file and line, key, what is wrong, the nearest valid names."""
     text = re.sub(r"\s+", " ", message).strip()
-    where = ", ".join(str(f) for f in config_files(args))
-    return f"{where + ': ' if where else ''}{text}{_hint(text, options)}"
+    path = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
+    if found := _UNKNOWN.search(text):
+        key = next(g for g in found.groups() if g)
+        return f"{_place(key, args)}{path or 'the config'} has no option {key!r}: {nearest(key, _options(path, args))}"
+    known = [*_classes("method"), *_classes("data"), *_classes("model")]
+    for found in _CLASS.finditer(text):
+        name = next(g for g in found.groups() if g)
+        if name not in known:
+            return f"{_place(name, args)}{path} asks for the class {name!r}, which there is not: {nearest(name, _classes(path))}"
+    if found := _VALUE.search(text):
+        kind = re.sub(r"<class '([\w.]+)'>", r"\1", found.group(1))
+        return f"{_place(path, args)}{path} must be of type {kind}, not {found.group(2)!r}."
+    return f"{_place('', args)}{text[:600]}"
 
 
-def _hint(text: str, options: Sequence[str]) -> str:
-    unknown = re.search(r"(?:Key|Option|option|argument[s]?:?) '?-*([\w.]+)'? (?:is not expected|not accepted)", text)
-    unknown = unknown or re.search(r"(?:Unrecognized arguments:|does not accept option) '?-*([\w.]+)", text)
-    if unknown and options:
-        return f" ({nearest(unknown.group(1), options)})"
-    return ""
+def _place(key: str, args: Sequence[str]) -> str:
+    """``file line n: `` for the line of a config that holds ``key`` (or its last part), as far as it can be told."""
+    last = re.escape(key.rpartition(".")[2])
+    for file in config_files(args):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            if key and re.search(rf"^\s*(-\s*)?{last}\s*:|class_path:\s*{re.escape(key)}\b|:\s*{re.escape(key)}\b", line):
+                return f"{file} line {number}: "
+    return "" if any(key and key in a for a in args) else "".join(f"{f}: " for f in config_files(args)[:1])
+
+
+def _options(path: str, args: Sequence[str]) -> list[str]:
+    """Valid keys below ``path``: constructor arguments of the class that the config names there."""
+    import inspect
+    from importlib import import_module
+
+    if not path:
+        import lightning as L
+
+        return [*_TOP, *(f"trainer.{p}" for p in inspect.signature(L.Trainer.__init__).parameters if p != "self")]
+    for file in config_files(args):
+        node = yaml.safe_load(file.read_text(encoding="utf-8"))
+        for part in path.split("."):
+            node = node.get(part) or node.get("init_args", {}).get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict) and "class_path" in node:
+            module, _, name = str(node["class_path"]).rpartition(".")
+            cls = getattr(import_module(module), name, None)  # allowed classes only, see check_class_paths
+            if cls is not None:
+                return [p for p in inspect.signature(cls.__init__).parameters if p != "self"]
+    return []
+
+
+def _classes(path: str) -> list[str]:
+    from petl import data
+    from petl.methods import entries
+
+    if path.endswith("method"):
+        return [f"petl.{e.cls}" for e in entries().values()]
+    return [f"petl.data.{n}" for n in data.__all__] if path == "data" else ["petl.Classification"]
+
+
+def underlying(error: BaseException) -> PetlError | None:
+    """The `PetlError` that an error was raised from, however deep."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, PetlError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -13,7 +13,7 @@ def _sections(args: Sequence[str], *wanted: str) -> Any:
     """Instantiate the sections ``wanted`` ("model", "data") of a config, with overrides, as `petl fit` would."""
     import lightning as L
 
-    from petl.engine.lightning_cli import Parser, register_methods
+    from petl.engine.lightning_cli import Parser, readable_errors, register_methods
 
     if not any(a.partition("=")[0] in ("--config", "-c") for a in args):
         raise PetlError("give a config: --config FILE or the name of a shipped one ('petl ls').")
@@ -21,7 +21,7 @@ def _sections(args: Sequence[str], *wanted: str) -> Any:
     register_methods()
     from jsonargparse import ActionConfigFile
 
-    parser = Parser(exit_on_error=False)
+    parser = Parser()
     parser.add_argument("-c", "--config", action=ActionConfigFile)
     parser.add_argument("--seed_everything", type=int | bool, default=0)
     for key, kind in (("run_dir", str), ("overwrite", bool), ("select", str), ("checkpoint_every", int)):
@@ -29,11 +29,11 @@ def _sections(args: Sequence[str], *wanted: str) -> Any:
     parser.add_lightning_class_args(L.Trainer, "trainer")
     parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
-    config = parser.parse_args(list(args))
-    for section in ("trainer", "model", "data"):
-        if section not in wanted:
-            del config[section]
-    return parser.instantiate_classes(config)
+    with readable_errors(list(args)):
+        config = parser.parse_args(list(args))
+        for section in {"trainer", "model", "data"} - set(wanted):
+            config[section] = None
+        return parser.instantiate_classes(config)
 
 
 def report(args: Sequence[str]) -> None:

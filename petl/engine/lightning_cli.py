@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import re
+import logging
 import shutil
 import sys
 import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
-import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -18,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from petl.engine.callbacks import LoadAdapter, Progress, Results, SaveAdapter, TokenPictures
 from petl.engine.checkpoints import AtomicCheckpointIO, RunCheckpoint
-from petl.engine.errors import check_class_paths, explain
+from petl.engine.errors import check_class_paths, explain, underlying
 from petl.errors import PetlError, nearest
 from petl.methods import entries, get_method
 
@@ -26,10 +28,22 @@ SELECT = ("last", "best")
 
 
 class Parser(LightningArgumentParser):
-    """Raises `PetlError` instead of printing a usage text and leaving."""
+    """Raises instead of leaving, and takes whole option names only."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise PetlError(explain(message, sys.argv[2:])) from ex
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"allow_abbrev": False, "exit_on_error": False})
+
+
+@contextmanager
+def readable_errors(args: list[str]) -> Iterator[None]:
+    """Turns what jsonargparse raises into one `PetlError`: the one it was raised from, or its own message explained."""
+    try:
+        yield
+    except (ArgumentError, ValueError, TypeError) as error:
+        cause = underlying(error)
+        if cause is None and not isinstance(error, ArgumentError):
+            raise
+        raise cause or PetlError(explain(str(error), args)) from error
 
 
 class SaveConfig(SaveConfigCallback):
@@ -137,10 +151,6 @@ def run(args: list[str]) -> None:
                  ".*ended before the epoch ended.*", ".*tensorboard.*", ".*Checkpoint directory.*exists and is not empty.*",
                  ".*treespec.*", ".*isinstance.*LeafSpec.*"):  # fmt: skip
         warnings.filterwarnings("ignore", text)
-    import logging
-
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    try:
+    with readable_errors(args):
         PetlCLI(args)
-    except (yaml.YAMLError, FileNotFoundError) as error:
-        raise PetlError(re.sub(r"\s+", " ", str(error))) from error
