@@ -115,7 +115,8 @@ def _load_timm(name: str, rest: str, args: dict[str, Any], pretrained: bool) -> 
     from torch import nn
 
     if not timm.is_model(rest.partition(".")[0]):
-        raise PetlError(f"timm has no model {rest!r}: {nearest(name, list_backbones())}")
+        known = list_backbones() if "." in rest else {n.partition(".")[0] for n in list_backbones()}
+        raise PetlError(f"timm has no model {rest!r}: {nearest(name, known)}")
     norm_eps = args.pop("norm_eps", None)
     model = _build(name, lambda: timm.create_model(rest, pretrained=pretrained, num_classes=0, **args))
     for module in model.modules():

@@ -173,6 +173,13 @@ class ImageDataModule(L.LightningDataModule):
         limit = self.trainer.limit_train_batches if self.trainer else 1.0
         return ResumableLoader(data, sampler, self.num_workers, torch.cuda.is_available(), limit)
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training batches of an epoch, ``limit_train_batches`` counted in."""
+        whole = len(self.splits["train"]) // self.batch_size
+        limit = self.trainer.limit_train_batches if self.trainer else 1.0
+        return min(whole, limit) if isinstance(limit, int) else int(whole * limit)
+
     def val_dataloader(self) -> Any:
         return self._evaluation("val")
 
@@ -189,7 +196,7 @@ class ImageDataModule(L.LightningDataModule):
         data = KeyedDataset(self.splits[split], evaluation_transform(self.preprocessing), self.seed)
         return DataLoader(
             data,
-            max(1, self.batch_size // world),
+            batch_size=max(1, self.batch_size // world),  # by name: Lightning makes the loader anew to predict
             sampler=EvalSampler(data, world, rank),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

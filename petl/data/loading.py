@@ -138,7 +138,7 @@ class ResumableLoader(DataLoader):
     ) -> None:
         super().__init__(
             data,
-            sampler.global_batch // sampler.num_replicas,
+            batch_size=sampler.global_batch // sampler.num_replicas,
             sampler=sampler,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,

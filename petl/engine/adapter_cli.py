@@ -54,7 +54,7 @@ def classify(args: Sequence[str]) -> None:
     parser.add_argument("--weights", type=Path, help="backbone weights, where the adapter was trained on a local file")
     parser.add_argument("--top", type=int, default=3, help="classes to print")
     parser.add_argument("--out", type=Path, default=Path("classified.png"), help="picture to write")
-    given = parser.parse_args(args)
+    given = parser.parse_intermixed_args(list(args))
     missing = [str(p) for p in given.images if not p.is_file()]
     if missing:
         raise PetlError(f"{len(missing)} of {len(given.images)} images do not exist: {', '.join(missing[:5])}")

@@ -71,15 +71,19 @@ class SaveAdapter(Callback):
     def __init__(self, directory: Path, select: str = "last", monitor: str = "val/acc") -> None:
         self.directory, self.select, self.monitor = directory, select, monitor
         self.best = float("-inf")
+        self.metrics: dict[str, float] = {}  # of the last validation; in the run state, for a run resumed at its end
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "metrics": self.metrics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = float(state["best"])
+        self.best, self.metrics = float(state["best"]), dict(state["metrics"])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.select != "best" or trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self.metrics = _scalars(trainer.callback_metrics, ("val/",))
+        if self.select != "best":
             return
         if self.monitor not in trainer.callback_metrics:
             raise PetlError(f"select: best needs {self.monitor!r}, which this run does not log.")
@@ -103,7 +107,7 @@ class SaveAdapter(Callback):
                 "training": pl_module.protocol(),
                 "data": data.protocol(),
                 "selection": rule,
-                "metrics": _scalars(trainer.callback_metrics, ("val/",)),
+                "metrics": self.metrics,
                 "versions": {p: version(p) for p in ("torch", "timm", "transformers", "lightning")}
                 | {"python": platform.python_version()},
             },

@@ -41,8 +41,8 @@ def readable_errors(args: list[str]) -> Iterator[None]:
         yield
     except (ArgumentError, ValueError, TypeError) as error:
         cause = underlying(error)
-        if cause is None and not isinstance(error, ArgumentError):
-            raise
+        if cause is None and not (isinstance(error, ArgumentError) or "Does not validate against" in str(error)):
+            raise  # not about the configuration
         raise cause or PetlError(explain(str(error), args)) from error
 
 
@@ -151,6 +151,7 @@ def run(args: list[str]) -> None:
                  ".*ended before the epoch ended.*", ".*tensorboard.*", ".*Checkpoint directory.*exists and is not empty.*",
                  ".*treespec.*", ".*isinstance.*LeafSpec.*"):  # fmt: skip
         warnings.filterwarnings("ignore", text)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     with readable_errors(args):
         PetlCLI(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,7 @@ def _run_id(folder: Path) -> str:
     file = folder / RUN_ID
     if file.is_file():
         return file.read_text().strip()
-    from wandb.util import generate_id
-
-    identifier = generate_id()
+    identifier = secrets.token_hex(4)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(identifier)

@@ -60,7 +60,7 @@ class FrozenTask(L.LightningModule):
         if not parameters:
             raise PetlError("nothing is trained: neither the method nor the head has parameters that require gradients.")
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
-        total = max(1, int(self.trainer.estimated_stepping_batches))
+        total = self._total_steps()
         epochs = self.trainer.max_epochs or -1
         warmup = int(total * self.warmup_epochs / epochs) if epochs > 0 else 0
         low = self.min_lr / self.lr if self.lr else 0.0
@@ -73,6 +73,18 @@ class FrozenTask(L.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        """Optimiser steps of the whole training.
+
+        Not `Trainer.estimated_stepping_batches` for petl's data: asking it here makes Lightning build the loaders before
+        it restores their state, which then never happens.
+        """
+        trainer = self.trainer
+        per_epoch = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
+        if trainer.max_steps > 0 or not trainer.max_epochs or trainer.max_epochs < 0 or per_epoch is None:
+            return max(1, trainer.max_steps if trainer.max_steps > 0 else int(trainer.estimated_stepping_batches))
+        return max(1, math.ceil(per_epoch / trainer.accumulate_grad_batches) * trainer.max_epochs)
 
     def protocol(self) -> dict[str, Any]:
         """Everything on the model's side that decides a number."""

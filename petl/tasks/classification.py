@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
@@ -95,7 +96,9 @@ class Classification(FrozenTask):
         if not classes:
             raise PetlError("the number of classes is not known: use a petl data module, or pass num_classes.")
         self.labels = list(getattr(data, "labels", None) or map(str, range(classes)))
-        head = Head(self.head_kind, self.backbone.petl.view.width, classes)  # type: ignore[union-attr,arg-type]
+        with torch.random.fork_rng(devices=[]):  # the same head whatever strategies and callbacks drew before
+            torch.manual_seed(self.seed)
+            head = Head(self.head_kind, self.backbone.petl.view.width, classes)  # type: ignore[union-attr,arg-type]
         self.model = Classifier(self.backbone, head)
         self.accuracies = nn.ModuleDict(
             {
