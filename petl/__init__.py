@@ -5,8 +5,16 @@ Nothing heavy is imported before it is used: ``import petl`` and ``petl --help``
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
+
+if any(os.path.isfile(f"{__path__[0]}/{other}/__init__.py") for other in ("io", "transform", "util")):
+    raise ImportError(  # these folders belong to the other project, which also has an __init__.py and an errors.py
+        f"two projects share the import name petl, and their files are mixed in {__path__[0]}: the table tool 'petl' "
+        "and 'petl-tuning'. Run 'pip uninstall petl petl-tuning', then 'pip install petl-tuning'; keep the table tool "
+        "in an environment of its own."
+    )
 
 from petl.errors import PetlError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -135,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb in LIGHTNING_VERBS:
             from petl.engine.lightning_cli import run
 
-            run([verb, *_resolve_configs(rest)])
+            cli = run([verb, *_resolve_configs(rest)])
+            if verb == "fit" and cli.trainer.is_global_zero:
+                print(f"adapter: {cli.options.run_dir}/adapter   (petl info, petl classify, petl.load)")
         elif verb == "ls":
             _ls(rest)
         elif verb == "cp":
@@ -155,6 +158,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"petl: {error}. Adapters and checkpoints written before are whole.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("petl: interrupted. Continue a training with --ckpt_path last.", file=sys.stderr)
         return 130

@@ -67,7 +67,7 @@ def count_macs(model: nn.Module, x: Tensor) -> int:
 
 
 def count_saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes of distinct storages that autograd keeps for backward after a forward pass on ``x``; parameters excluded."""
+    """Bytes of distinct storages that autograd keeps for backward after a forward pass on ``x``, without parameters."""
     weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
 

@@ -11,7 +11,7 @@ class PetlError(Exception):
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
-    """A phrase that names the valid names closest to ``name``: ``"did you mean 'dtd'?"``, or the list when it is short."""
+    """A phrase with the valid names closest to ``name``: ``"did you mean 'dtd'?"``, or the list when it is short."""
     names = sorted({str(v) for v in valid})
     close = get_close_matches(str(name), names, n=count, cutoff=0.5)
     if close:

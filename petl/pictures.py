@@ -22,7 +22,7 @@ def kept_patches(backbone: nn.Module, model: nn.Module, images: Tensor) -> tuple
     module = attached(backbone)
     if not isinstance(module, ReducingModule):
         return model(images), []
-    rows, columns = module.view.grid(tuple(images.shape[1:]))  # type: ignore[arg-type]
+    rows, columns = module.view.grid((3, *images.shape[2:]))
     module.record = []
     try:
         logits = model(images)
@@ -33,9 +33,14 @@ def kept_patches(backbone: nn.Module, model: nn.Module, images: Tensor) -> tuple
 
 
 def token_grid(
-    images: Tensor, masks: Sequence[Tensor], events: Sequence[int], titles: Sequence[str], right: Sequence[bool] | None, file: Path
+    images: Tensor,
+    masks: Sequence[Tensor],
+    events: Sequence[int],
+    titles: Sequence[str],
+    right: Sequence[bool] | None,
+    file: Path,
 ) -> Path:
-    """Draw one row per image: the image, then what is left of it after each event; titles are green where right, red where wrong.
+    """Draw one row per image: the image, then what is left of it after each event. Titles: green = right, red = wrong.
 
     Args:
         images: (B, 3, H, W) in [0, 1].

@@ -85,7 +85,7 @@ def load_cifar(source: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def make_scenes(first: int, count: int) -> tuple[Tensor, list[str], Tensor]:
-    """Pictures (N, 3, 64, 64) uint8, captions, and dense targets (N, 64, 2): shape and colour under each patch, 0 = none."""
+    """Pictures (N, 3, 64, 64) uint8, captions, dense targets (N, 64, 2): shape and colour of each patch, 0 = none."""
     images, captions, targets = [], [], torch.zeros(count, 64, 2, dtype=torch.long)
     grid, patch = bundled.IMAGE_SIZE // bundled.PATCH_SIZE, bundled.PATCH_SIZE
     for n in range(count):
@@ -109,7 +109,8 @@ def augment(x: Tensor, gen: torch.Generator) -> Tensor:
     rows, cols = dy[:, None] + torch.arange(32), dx[:, None] + torch.arange(32)
     x = x[torch.arange(b)[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
     x = torch.where(torch.rand(b, 1, 1, 1, generator=gen) < 0.5, x.flip(-1), x)
-    x = (x - 0.5) * (0.7 + 0.6 * torch.rand(b, 1, 1, 1, generator=gen)) + 0.4 + 0.2 * torch.rand(b, 1, 1, 1, generator=gen)
+    contrast, brightness = (torch.rand(b, 1, 1, 1, generator=gen) for _ in range(2))
+    x = (x - 0.5) * (0.7 + 0.6 * contrast) + 0.4 + 0.2 * brightness
     x = torch.where(torch.rand(b, 1, 1, 1, generator=gen) < 0.15, x.mean(1, keepdim=True).expand_as(x), x)
     return F.interpolate(x, size=64, mode="bicubic", antialias=False).clamp(0, 1)
 
@@ -182,7 +183,7 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args.out.mkdir(parents=True, exist_ok=True)
-    build_tokenizer(bundled.ROOT / "tokenizer.json")
+    build_tokenizer(args.out / "tokenizer.json")  # a changed vocabulary must go to the package itself: the default
 
     torch.manual_seed(args.seed)
     model = TinyCLIP().to(device)
@@ -193,14 +194,16 @@ def main() -> None:
     photos, labels = load_cifar(args.cifar, "train")
     held_out = load_cifar(args.cifar, "test")
     pictures, captions, dense = make_scenes(0, args.pool)
-    print(f"{len(photos)} photographs, {len(pictures)} scenes, {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(
+        f"{len(photos)} photographs, {len(pictures)} scenes, {sum(p.numel() for p in model.parameters()):,} parameters"
+    )
 
-    state, step, began = args.out / "pretrain.ckpt", 0, time.time()
+    state, step, first, began = args.out / "pretrain.ckpt", 0, 0, time.time()
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        step = saved["step"]
+        first = step = saved["step"]
     while step < args.steps:
         gen = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # a step is a function of its number
         warm, progress = min(1.0, (step + 1) / 150), step / args.steps
@@ -210,7 +213,8 @@ def main() -> None:
         j = torch.randint(0, len(pictures), (args.scenes,), generator=gen)
         x = torch.cat([augment(photos[i].float() / 255, gen), pictures[j].float() / 255]).to(device)
         t = torch.randint(0, len(TEMPLATES), (args.photos,), generator=gen).tolist()
-        texts = [TEMPLATES[k].format(CLASSES[c]) for k, c in zip(t, labels[i].tolist())] + [captions[k] for k in j.tolist()]
+        texts = [TEMPLATES[k].format(CLASSES[c]) for k, c in zip(t, labels[i].tolist())]
+        texts += [captions[k] for k in j.tolist()]
         group_ids = torch.cat([labels[i], 100 + j]).to(device)
         keep = None
         if progress < 0.8:
@@ -234,7 +238,7 @@ def main() -> None:
         optimizer.step()
         step += 1
         if step % 20 == 0:
-            rate = step * len(x) / (time.time() - began)
+            rate = (step - first) * len(x) / (time.time() - began)
             print(f"step {step} match {match.item():.3f} dense {local.item():.3f} {rate:.0f} img/s", flush=True)
         if step % 200 == 0:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, state)

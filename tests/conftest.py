@@ -11,6 +11,10 @@ import torch
 from torch import nn
 
 torch.set_num_threads(1)
+HF_SHAPE = {
+    "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -21,29 +25,20 @@ def _seed() -> None:
 def _timm(**options: object) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3, "mlp_ratio": 2, "num_classes": 5}
-    return VisionTransformer(**(shape | options))
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3, "mlp_ratio": 2}
+    return VisionTransformer(**({"num_classes": 5} | shape | options))
 
 
 def _clip() -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    return CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=24, intermediate_size=48, num_hidden_layers=4, num_attention_heads=3, image_size=32, patch_size=8
-        )
-    )
+    return CLIPVisionModel(CLIPVisionConfig(**HF_SHAPE))
 
 
 def _vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=24, intermediate_size=48, num_hidden_layers=4, num_attention_heads=3, image_size=32, patch_size=8,
-            num_labels=5,
-        )
-    )  # fmt: skip
+    return ViTForImageClassification(ViTConfig(**HF_SHAPE, num_labels=5))
 
 
 FAMILIES = {

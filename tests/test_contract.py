@@ -95,7 +95,8 @@ def test_every_trained_tensor_gets_a_gradient_by_step_two(method: Method, family
     assert expected <= second.keys(), "a trained tensor takes no part in the forward pass"
     dead = [n for n in expected if not second[n].any() and not first[n].any()]
     if attached(model.backbone).trains_backbone:
-        dead = [n for n in dead if not n.endswith(("k_proj.bias", "mask_token"))]  # the key bias cannot matter in softmax
+        # the key bias cannot matter in softmax
+        dead = [n for n in dead if not n.endswith(("k_proj.bias", "mask_token"))]
     assert not dead
 
 
@@ -214,7 +215,7 @@ def test_checkpointing_gives_equal_gradients(method: Method, family: str, images
     attached(recomputing.backbone).checkpointing = True
     if attached(plain.backbone).trains_backbone:
         for m in (plain, recomputing):  # random depth differs between two forward passes
-            m.train = lambda mode=True: m  # type: ignore[method-assign]
+            m.train = lambda mode=True, m=m: m  # type: ignore[method-assign]
     for one, two in zip(train(plain, images), train(recomputing, images), strict=True):
         assert one.keys() == two.keys()
         for name, gradient in one.items():

@@ -27,7 +27,8 @@ from petl.methods.attach import attached
 
 SCHEMA = 1
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-_KEYS = {"schema", "petl_version", "task", "method", "backbone", "head", "labels", "preprocessing", "protocol", "tensors"}
+_KEYS = {"schema", "petl_version", "task", "method", "backbone", "head", "labels", "preprocessing", "protocol",
+         "tensors"}  # fmt: skip
 
 
 def save(
@@ -103,7 +104,9 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         recover(path)
         if path.exists() and not (path / CONFIG).is_file() and (not path.is_dir() or any(path.iterdir())):
-            raise PetlError(f"{path} exists and is not an adapter; petl does not overwrite it. Choose another directory.")
+            raise PetlError(
+                f"{path} exists and is not an adapter; petl does not overwrite it. Choose another directory."
+            )
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         for name, data in files.items():
@@ -118,7 +121,9 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
         shutil.rmtree(previous, ignore_errors=True)
     except OSError as error:
         recover(path)
-        raise PetlError(f"the adapter could not be written to {path}: {error}. What was there before is untouched.") from error
+        raise PetlError(
+            f"the adapter could not be written to {path}: {error}. What was there before is untouched."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -136,7 +141,6 @@ def recover(path: Path) -> None:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The config of an adapter directory, checked for schema and keys."""
-    recover(directory)
     file = directory / CONFIG
     if not file.is_file():
         there = sorted(p.name for p in directory.iterdir())[:5] if directory.is_dir() else "no such directory"
@@ -149,24 +153,24 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise PetlError(f"{file} has no integer 'schema': it was not written by petl (a peft adapter?).")
     if config["schema"] > SCHEMA:
         raise PetlError(
-            f"{file} has schema {config['schema']}, written by petl {config.get('petl_version')}; this petl reads up to "
-            f"schema {SCHEMA}. Update petl."
+            f"{file} has schema {config['schema']}, written by petl {config.get('petl_version')}; this petl reads "
+            f"up to schema {SCHEMA}. Update petl."
         )
     if config.keys() != _KEYS:
         raise PetlError(
             f"{file}: keys missing {sorted(_KEYS - config.keys())}, unknown {sorted(config.keys() - _KEYS)}; "
             "the file was changed or cut."
         )
-    for key, kinds in {"method": dict, "backbone": dict, "tensors": dict, "protocol": dict,
-                       "head": (dict, type(None)), "labels": (list, type(None)),
-                       "preprocessing": (dict, type(None))}.items():  # fmt: skip
-        if not isinstance(config[key], kinds):  # type: ignore[arg-type]
+    kinds: dict[str, type | tuple[type, ...]] = dict.fromkeys(("method", "backbone", "tensors", "protocol"), dict)
+    kinds |= {"head": (dict, type(None)), "labels": (list, type(None)), "preprocessing": (dict, type(None))}
+    for key, kind in kinds.items():
+        if not isinstance(config[key], kind):
             raise PetlError(f"{file}: {key!r} is a {type(config[key]).__name__}; the file was changed.")
     return config
 
 
 def read_tensors(directory: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of an adapter; `PetlError` where the file is missing, cut, or not the one that the config describes."""
+    """The tensors of an adapter; `PetlError` where the file is missing, cut, or not the one the config describes."""
     file = directory / TENSORS
     if not file.is_file():
         raise PetlError(f"{directory} is incomplete: {TENSORS} is missing.")
@@ -175,7 +179,8 @@ def read_tensors(directory: Path, config: Mapping[str, Any]) -> dict[str, Tensor
     if digest != expected:
         raise PetlError(
             f"{file} is damaged or was changed: {len(data):,} bytes with SHA-256 {digest[:12]}…, the config records "
-            f"{config['tensors'].get('bytes'):,} bytes with {str(expected)[:12]}…. Get the adapter again from its source."
+            f"{config['tensors'].get('bytes'):,} bytes with {str(expected)[:12]}…. "
+            "Get the adapter again from its source."
         )
     try:
         return load_tensors(data)

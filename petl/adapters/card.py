@@ -10,6 +10,7 @@ from typing import Any
 def model_card(config: Mapping[str, Any]) -> str:
     """README.md of an adapter directory."""
     method, backbone, protocol = config["method"], config["backbone"], config["protocol"]
+    weights = backbone["weights"] or backbone["weights_bf16"]
     labels = config["labels"] or []
     metrics = protocol.get("metrics") or {}
     shown = ", ".join(labels[:12]) + (f", … ({len(labels)} classes)" if len(labels) > 12 else "")
@@ -34,7 +35,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         "| | |",
         "|---|---|",
         f"| method | `{method['name']}` `{json.dumps(method['options'])}` |",
-        f"| backbone | `{backbone['name']}`, weights SHA-256 `{(backbone['weights'] or backbone['weights_bf16'])[:16]}` |",
+        f"| backbone | `{backbone['name']}`, weights SHA-256 `{weights[:16]}` |",
         f"| labels | {shown or 'none'} |",
         *(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
         "",

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
-from petl.adapters.artefact import read_config, read_tensors
+from petl.adapters.artefact import read_config, read_tensors, recover
 from petl.adapters.state import set_trained_tensors
-from petl.backbones import load_backbone, view
+from petl.backbones import load_backbone
 from petl.backbones.classifier import Classifier
 from petl.backbones.identity import Identity
+from petl.data.base import read_image
 from petl.data.transforms import evaluation_transform
 from petl.errors import PetlError
 from petl.methods.attach import attach, attached, merge, take_off
@@ -54,16 +55,11 @@ class Predictor:
         if self.config["preprocessing"] is None:
             raise PetlError("this adapter was saved without preprocessing; pass tensors to predictor.model instead.")
         if not isinstance(image, Image.Image):
-            try:
-                with Image.open(image) as file:
-                    file.load()
-                    image = file
-            except (OSError, UnidentifiedImageError, SyntaxError) as error:
-                raise PetlError(f"{image} cannot be read as an image: {error}") from error
+            image = read_image(Path(image))
         return evaluation_transform(self.config["preprocessing"])(image)
 
     @overload
-    def classify(self, images: Picture) -> Prediction: ...
+    def classify(self, images: Picture) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is a Sequence too
     @overload
     def classify(self, images: Sequence[Picture]) -> list[Prediction]: ...
     @torch.inference_mode()
@@ -78,8 +74,7 @@ class Predictor:
         """
         if self.config["task"] != "classification":
             raise PetlError(f"this adapter was trained for {self.config['task']!r}, not for classification.")
-        several = not isinstance(images, (str, Path, Image.Image))
-        batch: list[Picture] = list(images) if several else [images]  # type: ignore[arg-type,list-item]
+        batch: list[Picture] = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
         x = torch.stack([self.preprocess(image) for image in batch]).to(next(self.model.parameters()).device)
         out = self.model(x)
         probabilities = getattr(out, "logits", out).float().softmax(-1).cpu()
@@ -88,7 +83,7 @@ class Predictor:
             Prediction(names[int(p.argmax())], float(p.max()), dict(zip(names, p.tolist(), strict=True)))
             for p in probabilities
         ]
-        return found if several else found[0]
+        return found[0] if isinstance(images, (str, Path, Image.Image)) else found
 
     def merge(self) -> nn.Module:
         """Fold the adapter into the backbone, where the method has an exact merge; returns the model."""
@@ -116,7 +111,8 @@ def load(
             fit. A backbone that was passed in is left as it was.
     """
     directory = Path(source)
-    if not directory.exists() and not directory.absolute().with_name(f".{directory.name}.previous").exists():
+    recover(directory)
+    if not directory.exists():
         directory = _from_hub(str(source))
     config = read_config(directory)
     tensors = read_tensors(directory, config)
@@ -126,11 +122,12 @@ def load(
     method = from_dict(config["method"])
     attach(backbone, method)
     try:
-        _check_identity(directory, backbone, record)
+        check_identity(directory, backbone, record)
         model = backbone
         if config["head"] is not None:
             head = config["head"]
-            model = Classifier(backbone, Head(str(head.get("kind")), _size(head, "in_features"), _size(head, "num_classes")))
+            sizes = _size(head, "in_features"), _size(head, "num_classes")
+            model = Classifier(backbone, Head(str(head.get("kind")), *sizes))
         set_trained_tensors(model, tensors, str(directory))
     except PetlError:
         take_off(backbone, attached(backbone))
@@ -145,22 +142,27 @@ def _size(head: dict[str, Any], key: str) -> int:
     return value
 
 
-def _check_identity(directory: Path, backbone: nn.Module, record: dict[str, Any]) -> None:
+def check_identity(directory: Path, backbone: nn.Module, record: dict[str, Any]) -> None:
+    """Raise `PetlError` unless ``backbone`` (with a method attached) is the one that ``record`` describes."""
     try:
         expected = Identity(**{k: record[k] for k in Identity.__dataclass_fields__})
     except KeyError as error:
-        raise PetlError(f"{directory}: adapter_config.json has no backbone entry {error}; the file was changed.") from error
-    difference = expected.difference(backbone.petl.identity)  # type: ignore[union-attr,arg-type]
+        raise PetlError(
+            f"{directory}: adapter_config.json has no backbone entry {error}; the file was changed."
+        ) from error
+    difference = expected.difference(attached(backbone).identity)
     if difference:
         raise PetlError(
-            f"{directory} was trained on {record['name'] or 'a backbone without a name'}, and this backbone is {difference}. "
-            "An adapter works only on the very weights it was trained on: load those."
+            f"{directory} was trained on {record['name'] or 'a backbone without a name'}, and this backbone is "
+            f"{difference}. An adapter works only on the very weights it was trained on: load those."
         )
 
 
 def _load_recorded(directory: Path, record: dict[str, Any], weights: str | Path | None) -> nn.Module:
     if not record.get("name"):
-        raise PetlError(f"{directory} was saved without a backbone name: pass the frozen model, petl.load(…, backbone=model).")
+        raise PetlError(
+            f"{directory} was saved without a backbone name: pass the frozen model, petl.load(…, backbone=model)."
+        )
     if record.get("weights_file") and weights is None:
         raise PetlError(
             f"{directory} was trained on weights from the local file {record['weights_file']!r}: pass its path "
@@ -168,7 +170,7 @@ def _load_recorded(directory: Path, record: dict[str, Any], weights: str | Path 
         )
     if not isinstance(record.get("args"), dict):
         raise PetlError(f"{directory}: the backbone's args are not a mapping; the file was changed.")
-    model = load_backbone(str(record["name"]), record["args"], weights)
+    model: Any = load_backbone(str(record["name"]), record["args"], weights)
     if record.get("own_head_classes") and hasattr(model, "reset_classifier"):
         model.reset_classifier(int(record["own_head_classes"]))
     return model

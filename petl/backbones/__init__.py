@@ -33,8 +33,9 @@ def list_backbones(pattern: str = "*") -> list[str]:
 
     Hugging Face models are loaded by hub id (``hf/openai/clip-vit-base-patch16``) and are not enumerated.
     """
-    import timm
     from fnmatch import fnmatch
+
+    import timm
 
     names = [*BUNDLED, *(f"timm/{n}" for n in timm.list_models(module="vision_transformer", pretrained=True))]
     names += [f"timm/{n}" for n in timm.list_models(module="deit", pretrained=True)]
@@ -96,7 +97,8 @@ def load_backbone(
         model = _load_hf(name, rest, args, pretrained and weights is None)
     else:
         raise PetlError(
-            f"backbone {name!r}: a name starts with 'timm/', 'hf/' or 'bundled/', {nearest(name, [*BUNDLED, f'timm/{name}'])}"
+            f"backbone {name!r}: a name starts with 'timm/', 'hf/' or 'bundled/', "
+            f"{nearest(name, [*BUNDLED, f'timm/{name}'])}"
         )
     if weights is not None:
         _load_weights(model, Path(weights))
@@ -129,7 +131,9 @@ def _load_hf(name: str, rest: str, args: dict[str, Any], pretrained: bool) -> nn
     from transformers import AutoConfig, CLIPVisionModel, ViTModel
 
     if args:
-        raise PetlError(f"backbone {name!r}: args {sorted(args)} are for timm models; an HF model brings its own config.")
+        raise PetlError(
+            f"backbone {name!r}: args {sorted(args)} are for timm models; an HF model brings its own config."
+        )
     config: Any = _build(name, lambda: AutoConfig.from_pretrained(rest, trust_remote_code=False))
     classes: dict[str, Any] = {"clip": CLIPVisionModel, "clip_vision_model": CLIPVisionModel, "vit": ViTModel}
     if config.model_type not in classes:

@@ -63,7 +63,7 @@ class BlockView(ABC):
 
     @abstractmethod
     def _cls_query_and_keys(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor, float]:
-        """From these outputs: class-token query (B, H, 1, D), keys (B, H, N, D) as attention uses them, and the scale."""
+        """Of these outputs: class-token query (B, H, 1, D) and keys (B, H, N, D) as attention uses them; the scale."""
 
     def capture(self) -> None:
         """Keep queries and keys of every pass, so that `attention_and_cls_row` costs one query row and no more."""

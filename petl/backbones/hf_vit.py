@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from abc import abstractmethod
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection, ViTForImageClassification, ViTModel
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.models.vit.modeling_vit import ViTLayer
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
+from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
 
 from petl.backbones.base import BackboneView, BlockView, Call, unsupported_block
 
@@ -17,15 +18,15 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 class _SplitProjections(BlockView):
     """Attention with separate query and key projections, and no norm on either."""
 
-    def _attn(self) -> nn.Module:
-        raise NotImplementedError
+    @abstractmethod
+    def _attn(self) -> CLIPAttention | ViTAttention: ...
 
     def _query_key_modules(self) -> list[nn.Module]:
         attn = self._attn()
-        return [attn.q_proj, attn.k_proj]  # type: ignore[list-item]
+        return [attn.q_proj, attn.k_proj]
 
     def _cls_query_and_keys(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor, float]:
-        d: int = self._attn().head_dim  # type: ignore[assignment]
+        d = self._attn().head_dim
         query, key = (t.unflatten(-1, (-1, d)).transpose(1, 2) for t in (outputs[0][:, :1], outputs[1]))
         return query, key, d**-0.5
 
@@ -33,7 +34,7 @@ class _SplitProjections(BlockView):
 class CLIPBlock(_SplitProjections):
     module: CLIPEncoderLayer
 
-    def _attn(self) -> nn.Module:
+    def _attn(self) -> CLIPAttention:
         return self.module.self_attn
 
     def attention(self, x: Tensor, call: Call) -> Tensor:
@@ -48,7 +49,7 @@ class CLIPBlock(_SplitProjections):
 class ViTBlock(_SplitProjections):
     module: ViTLayer
 
-    def _attn(self) -> nn.Module:
+    def _attn(self) -> ViTAttention:
         return self.module.attention
 
     def attention(self, x: Tensor, call: Call) -> Tensor:
@@ -76,7 +77,7 @@ class _HFVision(BackboneView):
         return {"input_size": size, "mean": self._mean, "std": self._std, "interpolation": "bicubic"}
 
     def block_modules(self) -> list[nn.Module]:
-        return list(self.model.get_submodule(self.block_path))  # type: ignore[arg-type]
+        return list(cast(nn.ModuleList, self.model.get_submodule(self.block_path)))
 
     def reduction_obstacle(self) -> str | None:
         return None  # class token first, learned absolute positions, pooled from the class token
@@ -99,8 +100,8 @@ class HFCLIPVision(_HFVision):
         return CLIPBlock(module)
 
     def features(self, x: Tensor) -> Tensor:
-        tower = self.model if isinstance(self.model, CLIPVisionModel) else self.model.vision_model
-        return tower(pixel_values=x).pooler_output  # type: ignore[operator]
+        tower: Any = self.model if isinstance(self.model, CLIPVisionModel) else self.model.vision_model
+        return tower(pixel_values=x).pooler_output
 
 
 class HFViT(_HFVision):
@@ -117,5 +118,5 @@ class HFViT(_HFVision):
         return ViTBlock(module)
 
     def features(self, x: Tensor) -> Tensor:
-        trunk = self.model if isinstance(self.model, ViTModel) else self.model.vit
-        return trunk(pixel_values=x).last_hidden_state[:, 0]  # type: ignore[operator]
+        trunk: Any = self.model if isinstance(self.model, ViTModel) else self.model.vit
+        return trunk(pixel_values=x).last_hidden_state[:, 0]

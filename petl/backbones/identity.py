@@ -20,7 +20,7 @@ from petl.errors import PetlError
 
 @dataclass(frozen=True)
 class Identity:
-    """``structure``: names and shapes. ``weights``: fp32 bytes (None for a base in lower precision). ``weights_bf16``."""
+    """``structure``: names and shapes. ``weights``: fp32 bytes (None where the base has less). ``weights_bf16``."""
 
     family: str
     structure: str
@@ -50,7 +50,7 @@ class Identity:
 def _digest(tensors: list[tuple[str, Tensor]], cast: Callable[[Tensor], Tensor]) -> str:
     def one(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item
-        data = cast(tensor.detach()).contiguous().cpu().view(-1).view(torch.uint8).numpy()
+        data = cast(tensor.detach()).contiguous().cpu().view(-1).view(torch.uint8).numpy().data
         return hashlib.sha256(f"{name}{tuple(tensor.shape)}".encode() + hashlib.sha256(data).digest()).digest()
 
     with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from timm.layers import PatchEmbed
 from timm.layers.attention import Attention
@@ -23,11 +23,15 @@ class TimmBlock(BlockView):
         m = self.module
         return m.drop_path2(m.ls2(m.mlp(m.norm2(y))))
 
+    @property
+    def _attn(self) -> Attention:
+        return cast(Attention, self.module.attn)  # `TimmViT.block_view` takes no other
+
     def _query_key_modules(self) -> list[nn.Module]:
-        return [self.module.attn.qkv]
+        return [self._attn.qkv]
 
     def _cls_query_and_keys(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor, float]:
-        attn = self.module.attn
+        attn = self._attn
         qkv = outputs[0].unflatten(-1, (3, attn.num_heads, attn.head_dim))  # (B, N, 3, H, D)
         query, key = qkv[:, :1, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)
         return attn.q_norm(query), attn.k_norm(key), attn.scale
@@ -49,7 +53,7 @@ class TimmViT(BackboneView):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        cfg = self.model.pretrained_cfg if hasattr(self.model, "pretrained_cfg") else {}
+        cfg: Any = getattr(self.model, "pretrained_cfg", None)
         cfg = cfg if isinstance(cfg, dict) else {}
         size = getattr(self.model.patch_embed, "img_size", None) or cfg.get("input_size", (3, 224, 224))[-2:]
         return {

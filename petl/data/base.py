@@ -259,7 +259,6 @@ class ImageDataModule(L.LightningDataModule):
                 s: {"name": self.split_names[s], "images": len(v), "sha256": v.digest()} for s, v in self.splits.items()
             },
             "num_classes": self.num_classes,
-            "selection": f"on {self.split_names['val']}" if "val" in self.splits else "last epoch",
             "batch_size": self.batch_size,
             "seed": self.seed,
             "augmentation": self.augmentation,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -85,7 +86,8 @@ def _outline(shape: str, c: float, r: float) -> list[tuple[float, float]]:
     if shape == "cross":
         k = 0.32 * r
         return [(c - k, c - r), (c + k, c - r), (c + k, c - k), (c + r, c - k), (c + r, c + k), (c + k, c + k),
-                (c + k, c + r), (c - k, c + r), (c - k, c + k), (c - r, c + k), (c - r, c - k), (c - k, c - k)]  # fmt: skip
+                (c + k, c + r), (c - k, c + r), (c - k, c + k), (c - r, c + k), (c - r, c - k),
+                (c - k, c - k)]  # fmt: skip
     if shape == "arrow":
         k = 0.3 * r
         return [(c - r, c - k), (c, c - k), (c, c - r), (c + r, c), (c, c + r), (c, c + k), (c - r, c + k)]
@@ -150,8 +152,8 @@ def make_scene(seed: int, size: int = 64, max_things: int = 4) -> Scene:
             if all(x + w < a or x > c or y + h < b or y > d for a, b, c, d in placed):
                 canvas.paste(_fill(texture, color, (w, h)), (x, y), mask)
                 placed.append((x, y, x + w, y + h))
-                box = tuple(v / _SUPERSAMPLE for v in placed[-1])
-                things.append(Thing(shape, color, thing_size, texture, box))  # type: ignore[arg-type]
+                x0, y0, x1, y1 = (v / _SUPERSAMPLE for v in placed[-1])
+                things.append(Thing(shape, color, thing_size, texture, (x0, y0, x1, y1)))
                 break
     image = canvas.resize((size, size), Image.Resampling.BOX)
     noise = rng.normal(0, rng.uniform(0, 8), (size, size, 3))
@@ -199,7 +201,7 @@ def expressions(scene: Scene) -> list[Expression]:
                 continue
             for axis, ends in ((0, ("leftmost", "rightmost")), (1, ("topmost", "bottom"))):
                 order = sorted(peers, key=lambda k: things[k].center[axis])
-                gap = min(abs(things[a].center[axis] - things[b].center[axis]) for a, b in zip(order, order[1:]))
+                gap = min(abs(things[a].center[axis] - things[b].center[axis]) for a, b in pairwise(order))
                 if gap < 2:  # too close to call
                     continue
                 if i in (order[0], order[-1]):
@@ -209,9 +211,10 @@ def expressions(scene: Scene) -> list[Expression]:
                     found.append(Expression(f"the {ordinal} {noun} from the left", i, "ordinal"))
         for j, other in enumerate(things):
             noun, anchor = thing.shape, f"{other.color} {other.shape}"
-            if i != j and len(_fits(things, noun)) > 1 and _fits(things, anchor) == [j] and j not in _fits(things, noun):
+            peers = _fits(things, noun)
+            if i != j and len(peers) > 1 and _fits(things, anchor) == [j] and j not in peers:
                 relation = _relation(thing, other)
-                if [k for k in _fits(things, noun) if _relation(things[k], other) == relation] == [i]:
+                if [k for k in peers if _relation(things[k], other) == relation] == [i]:
                     found.append(Expression(f"the {noun} {relation} the {anchor}", i, "relation"))
     return found
 

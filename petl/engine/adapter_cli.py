@@ -17,8 +17,9 @@ def info(args: Sequence[str]) -> None:
     parser.add_argument("adapter", type=Path)
     parser.add_argument("--json", action="store_true", help="print the whole adapter_config.json")
     given = parser.parse_args(args)
-    from petl.adapters.artefact import read_config, read_tensors
+    from petl.adapters.artefact import read_config, read_tensors, recover
 
+    recover(given.adapter)
     config = read_config(given.adapter)
     tensors = read_tensors(given.adapter, config)
     if given.json:

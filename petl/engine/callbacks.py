@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 
 from petl.adapters.artefact import read_config, read_tensors
+from petl.adapters.predictor import check_identity
 from petl.adapters.state import set_trained_tensors
 from petl.errors import PetlError
 from petl.methods.attach import attached
@@ -61,7 +62,8 @@ class Progress(TQDMProgressBar):
         super().on_train_epoch_end(trainer, pl_module)
         if self.is_disabled and trainer.is_global_zero:
             numbers = _scalars(trainer.callback_metrics, ("train/loss", "train/acc", "val/acc"))
-            line = "  ".join([f"{k} {v:.4f}" for k, v in numbers.items()] + [f"{k} {v}" for k, v in self._speed(trainer).items()])
+            shown = {k: f"{v:.4f}" for k, v in numbers.items()} | self._speed(trainer)
+            line = "  ".join(f"{k} {v}" for k, v in shown.items())
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {line}", flush=True)
 
 
@@ -93,8 +95,12 @@ class SaveAdapter(Callback):
             self._write(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.select == "last" or self.best == float("-inf"):
+        if self.select == "last":
             self._write(trainer, pl_module)
+        elif self.best == float("-inf"):
+            raise PetlError(
+                f"select: best found no validation with a number for {self.monitor!r}; no adapter was written."
+            )
 
     def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
@@ -126,10 +132,9 @@ class LoadAdapter(Callback):
         config = read_config(self.directory)
         mine = pl_module.method.to_dict()
         if json.loads(json.dumps(mine)) != config["method"]:
-            raise PetlError(f"{self.directory} holds {config['method']}, the config asks for {mine}: not the same method.")
-        expected = config["backbone"]["weights_bf16"]
-        if attached(pl_module.backbone).identity.weights_bf16 != expected:
-            raise PetlError(f"{self.directory} was trained on other backbone weights than this config names.")
+            held = config["method"]
+            raise PetlError(f"{self.directory} holds {held}, the config asks for {mine}: not the same method.")
+        check_identity(self.directory, pl_module.backbone, config["backbone"])
         if config["labels"] != pl_module.labels:
             raise PetlError(f"{self.directory} was trained on other classes than this data has.")
         set_trained_tensors(pl_module.model, read_tensors(self.directory, config), str(self.directory))
@@ -140,7 +145,7 @@ class LoadAdapter(Callback):
 class TokenPictures(Callback):
     """After each validation, a picture of which patches kept a token in each stage, with true and predicted label."""
 
-    def __init__(self, directory: Path, count: int = 6) -> None:
+    def __init__(self, directory: Path, count: int = 4) -> None:
         self.directory, self.count = directory, count
         self._batch: dict[str, Any] | None = None
 

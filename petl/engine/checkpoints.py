@@ -30,7 +30,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(temporary, target)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             temporary.unlink(missing_ok=True)
-            raise PetlError(f"the checkpoint could not be written to {target}: {error}. The previous one is untouched.") from error
+            raise PetlError(
+                f"the checkpoint could not be written to {target}: {error}. The previous one is untouched."
+            ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         try:

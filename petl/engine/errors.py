@@ -1,4 +1,4 @@
-"""Errors of the configuration, said so that they can be acted on; and the gate that keeps configs from importing code."""
+"""Errors of the configuration, said so that one can act on them; the gate that keeps configs from importing code."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def check_class_paths(args: Sequence[str]) -> None:
             if "." in path and (not path.startswith(ALLOWED) or name in REFUSED):
                 raise PetlError(
                     f"{file}: {key} asks for the class {path!r}. A config may name classes of petl and Lightning's "
-                    "callbacks, loggers, strategies, plugins and profilers only; use the Python API for your own classes."
+                    "callbacks, loggers, strategies, plugins and profilers only; use the Python API for your own."
                 )
 
 
@@ -87,7 +87,8 @@ def explain(message: str, args: Sequence[str]) -> str:
     for found in _CLASS.finditer(text):
         name = next(g for g in found.groups() if g)
         if name not in known:
-            return f"{_place(name, args)}{path} asks for the class {name!r}, which there is not: {nearest(name, _classes(path))}"
+            hint = nearest(name, _classes(path))
+            return f"{_place(name, args)}{path} asks for the class {name!r}, which there is not: {hint}"
     if found := _VALUE.search(text):
         kind = re.sub(r"<class '([\w.]+)'>", r"\1", found.group(1))
         return f"{_place(path, args)}{path} must be of type {kind}, not {found.group(2)!r}."
@@ -96,10 +97,11 @@ def explain(message: str, args: Sequence[str]) -> str:
 
 def _place(key: str, args: Sequence[str]) -> str:
     """``file line n: `` for the line of a config that holds ``key`` (or its last part), as far as it can be told."""
-    last = re.escape(key.rpartition(".")[2])
+    last, whole = re.escape(key.rpartition(".")[2]), re.escape(key)
+    pattern = rf"^\s*(-\s*)?{last}\s*:|class_path:\s*{whole}\b|:\s*{whole}\b"
     for file in config_files(args):
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            if key and re.search(rf"^\s*(-\s*)?{last}\s*:|class_path:\s*{re.escape(key)}\b|:\s*{re.escape(key)}\b", line):
+            if key and re.search(pattern, line):
                 return f"{file} line {number}: "
     return "" if any(key and key in a for a in args) else "".join(f"{f}: " for f in config_files(args)[:1])
 

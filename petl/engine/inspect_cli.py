@@ -43,6 +43,8 @@ def report(args: Sequence[str]) -> None:
 
     sections = _sections(args, "model", "data")
     task, data = sections.model, sections.data
+    if data is not None and not hasattr(data, "num_classes"):
+        data.read()  # the lists of the data set say how many classes there are
     classes = getattr(data, "num_classes", None) or getattr(task, "num_classes", None)
     model = task.backbone
     if classes:

@@ -84,7 +84,9 @@ class PetlCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Everything this run writes goes here.")
         parser.add_argument("--overwrite", type=bool, default=False, help="Delete what an earlier run left in run_dir.")
-        parser.add_argument("--select", type=str, default="last", help="Adapter to keep: 'last' epoch, or 'best' val/acc.")
+        parser.add_argument(
+            "--select", type=str, default="last", help="Adapter to keep: 'last' epoch, or 'best' val/acc."
+        )
         parser.add_argument(
             "--checkpoint_every", type=int, default=50, help="Steps between run states for resuming (--ckpt_path last)."
         )
@@ -107,12 +109,16 @@ class PetlCLI(LightningCLI):
                     "or choose another --run_dir."
                 )
             shutil.rmtree(run)
+        if stage == "fit" and options.get("ckpt_path") == "last" and not (run / "config.yaml").exists():
+            raise PetlError(f"{run} holds no run to continue: check --run_dir, or start without --ckpt_path.")
         if stage != "fit" and not options.get("ckpt_path") and not (run / "adapter").is_dir():
-            raise PetlError(f"{run} has no adapter to {stage}: run 'petl fit' with this config first, or give --run_dir.")
+            raise PetlError(
+                f"{run} has no adapter to {stage}: run 'petl fit' with this config first, or give --run_dir."
+            )
         options.trainer.default_root_dir = str(run)
         for logger in _logger_entries(options.trainer.logger):
-            arguments = logger.get("init_args")
-            if str(logger.get("class_path", "")).endswith("WandbLogger") and arguments and arguments.get("save_dir") == ".":
+            arguments, is_wandb = logger.get("init_args"), str(logger.get("class_path", "")).endswith("WandbLogger")
+            if is_wandb and arguments and arguments.get("save_dir") == ".":
                 arguments["save_dir"] = str(run)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -144,14 +150,17 @@ def _logger_entries(logger: Any) -> list[Any]:
     return [e for e in entries if hasattr(e, "get")]
 
 
-def run(args: list[str]) -> None:
-    """Run ``petl <fit|validate|test|predict> …``. Raises `PetlError` for everything a user can put right."""
+def run(args: list[str]) -> PetlCLI:
+    """Run ``petl <fit|validate|test|predict> …`` and return the CLI with its trainer, model and data.
+
+    Raises `PetlError` for everything a user can put right.
+    """
     check_class_paths(args)
-    for text in (".*does not have many workers.*", ".*eval mode at the start of training.*", ".*smaller than the logging.*",
-                 ".*ended before the epoch ended.*", ".*tensorboard.*", ".*Checkpoint directory.*exists and is not empty.*",
-                 ".*treespec.*", ".*isinstance.*LeafSpec.*"):  # fmt: skip
+    for text in (".*does not have many workers.*", ".*eval mode at the start of training.*", ".*treespec.*",
+                 ".*smaller than the logging.*", ".*ended before the epoch ended.*", ".*tensorboard.*",
+                 ".*Checkpoint directory.*exists and is not empty.*", ".*isinstance.*LeafSpec.*"):  # fmt: skip
         warnings.filterwarnings("ignore", text)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with readable_errors(args):
-        PetlCLI(args)
+        return PetlCLI(args)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger as _WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -35,13 +34,14 @@ class WandbLogger(_WandbLogger):
         if offline is None:
             offline = not (os.environ.get("WANDB_API_KEY") or _netrc_has_key())
         super().__init__(
-            project=project, name=name, save_dir=save_dir, offline=offline, id=_run_id(Path(save_dir)), resume="allow", tags=tags
+            project=project,
+            name=name,
+            save_dir=save_dir,
+            offline=offline,
+            id=_run_id(Path(save_dir)),
+            resume="allow",
+            tags=tags,
         )
-
-    @property
-    @rank_zero_only
-    def experiment(self) -> Any:
-        return super().experiment
 
 
 def _netrc_has_key() -> bool:

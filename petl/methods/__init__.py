@@ -47,4 +47,5 @@ def get_method(name: str) -> type[Method]:
     for entry in entries().values():
         if name in (entry.name, entry.cls):
             return getattr(import_module(entry.module), entry.cls)
-    raise PetlError(f"method {name!r} is not known: {nearest(name, [*entries(), *(e.cls for e in entries().values())])}")
+    known = [*entries(), *(e.cls for e in entries().values())]
+    raise PetlError(f"method {name!r} is not known: {nearest(name, known)}")

@@ -63,7 +63,7 @@ class _Site:
 
 
 class _Mode:
-    """The replacement of a model's ``train``: frozen modules stay in ``eval()`` (no dropout, DropPath, moving averages)."""
+    """Replaces a model's ``train``: frozen modules stay in ``eval()`` (no dropout, DropPath, moving averages)."""
 
     def __init__(self, model: nn.Module, module: MethodModule) -> None:
         self.model, self.module = model, module
@@ -98,8 +98,9 @@ def attach(model: nn.Module, method: Method) -> nn.Module:
             f"petl.attach takes a method such as petl.SparseTuning(), not {method!r}; "
             f"{nearest(str(method), [e.cls for e in entries().values()])}"
         )
-    if hasattr(model, "petl"):
-        raise PetlError(f"{model.petl.method.name!r} is attached to this model already; petl.detach(model) first.")
+    present: Any = getattr(model, "petl", None)
+    if present is not None:
+        raise PetlError(f"{present.method.name!r} is attached to this model already; petl.detach(model) first.")
     view = find_view(model)
     if view.family not in method.backbones:
         raise PetlError(f"{method.name!r} does not work on {view.family}; it works on {', '.join(method.backbones)}.")
@@ -109,16 +110,16 @@ def attach(model: nn.Module, method: Method) -> nn.Module:
     module.to(next(model.parameters()).device)  # trained tensors stay fp32, whatever the dtype of the backbone
 
     run = _Pass(module)
-    module._before = ([p.requires_grad for p in model.parameters()], {n: m.training for n, m in model.named_modules()})  # type: ignore[assignment]
+    module._before = ([p.requires_grad for p in model.parameters()], {n: m.training for n, m in model.named_modules()})
     model.requires_grad_(module.trains_backbone)
     for _, head in view.head_modules():
         head.requires_grad_(True)
     for index, block in enumerate(blocks):
-        block.module.forward = _Site(run, index, block).forward  # type: ignore[method-assign]
+        block.module.forward = _Site(run, index, block).forward
     for index in module.capture_blocks():
         blocks[index].capture()
     training = model.training
-    module._blocks = blocks  # type: ignore[assignment]
+    module._blocks = blocks
     model.add_module("petl", module)
     model.train = _Mode(model, module).train  # type: ignore[method-assign]
     model.train(training)
@@ -140,11 +141,11 @@ def detach(model: nn.Module) -> nn.Module:
 
 def take_off(model: nn.Module, module: MethodModule) -> None:
     """Undo `attach` apart from what the method did to the backbone's own weights."""
-    for block in module._blocks:  # type: ignore[union-attr]
+    for block in module._blocks:
         del block.module.forward
         block.release()
     del model.petl, model.train
-    requires_grad, training = module._before  # type: ignore[misc]
+    requires_grad, training = module._before
     for parameter, flag in zip(model.parameters(), requires_grad, strict=True):
         parameter.requires_grad_(flag)
     for name, child in model.named_modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
@@ -30,7 +31,9 @@ class MethodModule(nn.Module):
         super().__init__()
         self.method, self.view = method, view
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
-        self.identity: Identity  # of the frozen backbone, set by petl.attach
+        self.identity: Identity  # of the frozen backbone, set by petl.attach, as are the next two
+        self._blocks: list[BlockView]  # whose forward is replaced
+        self._before: tuple[list[bool], dict[str, bool]]  # requires_grad by parameter, training by module, for detach
 
     def begin(self, x: Tensor) -> Any:
         """The state before block 0, from the embedded tokens (B, N, C)."""
@@ -87,8 +90,8 @@ class Method(ABC):
 
     def require(self, name: str, value: Any, low: float, integer: bool = True) -> None:
         """Raise `PetlError` unless option ``name`` is a number of at least ``low``."""
-        kinds: tuple[type, ...] = (int,) if integer else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or value < low:
+        kinds: tuple[type[float], ...] = (int,) if integer else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value < math.inf:
             kind = "an integer" if integer else "a number"
             raise PetlError(f"{type(self).__name__}({name}={value!r}): {name} must be {kind} of at least {low}.")
 
@@ -104,7 +107,7 @@ def register(name: str) -> Callable[[M], M]:
 
 
 def from_dict(spec: dict[str, Any]) -> Method:
-    """The method of ``{"name": …, "options": {…}}``: registry names only, every option known, nothing imported by path."""
+    """The method of ``{"name": …, "options": {…}}``: registry names and known options, nothing imported by path."""
     from petl.methods import get_method
 
     if not isinstance(spec, dict) or not isinstance(spec.get("options", {}), dict):

@@ -88,7 +88,8 @@ class ReducingModule(MethodModule):
         for i, (n, m) in enumerate(tokens):
             if n != m:
                 total += n * self.view.width  # the class token's query row
-                if self.reducer.fuse:  # merging: rejected tokens of the stream and the newest history entry, all of the rest
+                if self.reducer.fuse:
+                    # merging: rejected tokens of the stream and of the newest history entry, all of the older ones
                     rejected, older = n - m + 1, self.history_length(i) - 1
                     whole = (n - self.view.prefix_tokens) * max(0, older)
                     total += (rejected * (1 + (older >= 0)) + whole) * self.view.width
@@ -104,7 +105,13 @@ class ReducingMethod(Method):
     fuse: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.fuse, bool):
+            raise PetlError(f"{type(self).__name__}(fuse={self.fuse!r}): fuse is true or false.")
         if self.drop_blocks is not None:
+            if not isinstance(self.drop_blocks, (list, tuple)):
+                raise PetlError(
+                    f"{type(self).__name__}(drop_blocks={self.drop_blocks!r}): give a list of block numbers."
+                )
             object.__setattr__(self, "drop_blocks", tuple(self.drop_blocks))
             for block in self.drop_blocks:
                 self.require("drop_blocks", block, 0)

@@ -51,9 +51,9 @@ class DenseAdapter(nn.Module):
         self.down_skip = Linear(width, bottleneck) if index >= 3 else None
         self.up = Linear(bottleneck, width)
         self.scale = scale
-        for layer in self.children():
-            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))  # type: ignore[arg-type]
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        for layer in (m for m in self.children() if isinstance(m, Linear)):
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+            nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor, history: Sequence[Tensor]) -> Tensor:
@@ -74,9 +74,9 @@ class ReferenceAdapter(nn.Module):
         b = bottleneck
         self.down1, self.down2, self.up1 = Linear(width, 2 * b), Linear(2 * b, b), Linear(b, 2 * b)
         self.down3, self.up2 = Linear(3 * b, 2 * b), Linear(2 * b, width)
-        for layer in self.children():
-            nn.init.trunc_normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        for layer in (m for m in self.children() if isinstance(m, Linear)):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.down1(x))

@@ -19,12 +19,13 @@ from petl.errors import PetlError
 
 
 def cls_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Head-averaged attention of the class token to all tokens, in fp32, without the full map: O(n C) instead of O(n² C).
+    """Head-averaged attention of the class token to all tokens, in fp32; O(n C), not the O(n² C) of the full map.
 
     ``query`` (B, H, 1, D) and ``key`` (B, H, N, D) as they enter the attention product -> (B, N), rows sum to 1.
     """
-    logits = (query.float() * scale) @ key.float().transpose(-2, -1)  # (B, H, 1, N)
-    return logits.softmax(-1).mean(1).squeeze(1)
+    with torch.autocast(query.device.type, enabled=False):
+        logits = (query.float() * scale) @ key.float().transpose(-2, -1)  # (B, H, 1, N)
+        return logits.softmax(-1).mean(1).squeeze(1)
 
 
 class Selection(NamedTuple):
@@ -49,7 +50,8 @@ class Selection(NamedTuple):
                 weights = self.weights.new_zeros(patches.shape[:2]).scatter(1, self.reject, self.weights)
             else:
                 patches, weights = x[rows, self.reject + self.prefix].to(self.weights.dtype), self.weights
-            parts.append((weights[:, None] @ patches).to(x.dtype))
+            with torch.autocast(x.device.type, enabled=False):
+                parts.append((weights[:, None] @ patches).to(x.dtype))
         return torch.cat(parts, 1)
 
     def apply_to_index(self, index: Tensor) -> Tensor:

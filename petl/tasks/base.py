@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from petl.adapters.state import set_trained_tensors, trained_tensors
@@ -27,11 +28,15 @@ class FrozenTask(L.LightningModule):
 
     def __init__(self, lr: float, weight_decay: float, warmup_epochs: float, min_lr: float) -> None:
         super().__init__()
-        for name, value in {"lr": lr, "weight_decay": weight_decay, "warmup_epochs": warmup_epochs, "min_lr": min_lr}.items():
-            if value < 0:
-                raise PetlError(f"{type(self).__name__}({name}={value}): {name} cannot be negative.")
+        self.require_non_negative(lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, min_lr=min_lr)
         self.lr, self.weight_decay, self.warmup_epochs, self.min_lr = lr, weight_decay, warmup_epochs, min_lr
         self.model: nn.Module
+
+    def require_non_negative(self, **values: float) -> None:
+        """Raise `PetlError` for an option below zero or not finite."""
+        for name, value in values.items():
+            if not 0 <= value < math.inf:
+                raise PetlError(f"{type(self).__name__}({name}={value}): {name} must be a number of at least 0.")
 
     @property
     def seed(self) -> int:
@@ -55,10 +60,12 @@ class FrozenTask(L.LightningModule):
         torch.manual_seed(value)
         np.random.seed(value)  # timm's Mixup draws from numpy
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not parameters:
-            raise PetlError("nothing is trained: neither the method nor the head has parameters that require gradients.")
+            raise PetlError(
+                "nothing is trained: neither the method nor the head has parameters that require gradients."
+            )
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
         total = self._total_steps()
         epochs = self.trainer.max_epochs or -1
@@ -77,8 +84,8 @@ class FrozenTask(L.LightningModule):
     def _total_steps(self) -> int:
         """Optimiser steps of the whole training.
 
-        Not `Trainer.estimated_stepping_batches` for petl's data: asking it here makes Lightning build the loaders before
-        it restores their state, which then never happens.
+        Not `Trainer.estimated_stepping_batches` for petl's data: asking it here makes Lightning build the loaders
+        before it restores their state, which then never happens.
         """
         trainer = self.trainer
         per_epoch = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)

@@ -1,9 +1,9 @@
-"""Image classification: cross-entropy on a head over the pooled features of a frozen backbone with a method attached."""
+"""Image classification: cross-entropy on a head over the pooled features of a frozen backbone with a method."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,12 @@ from petl.adapters.artefact import save
 from petl.backbones import load_backbone
 from petl.backbones.classifier import Classifier
 from petl.errors import PetlError, nearest
-from petl.methods.attach import attach
+from petl.methods.attach import attach, attached
 from petl.methods.base import Method
 from petl.nn.head import HEADS, Head
 from petl.tasks.base import FrozenTask
+
+AVERAGES: dict[str, Literal["micro", "macro"]] = {"acc": "micro", "mean_class_acc": "macro"}
 
 
 class Classification(FrozenTask):
@@ -64,6 +66,7 @@ class Classification(FrozenTask):
         num_classes: int | None = None,
     ) -> None:
         super().__init__(lr, weight_decay, warmup_epochs, min_lr)
+        self.require_non_negative(mixup=mixup, cutmix=cutmix)
         if head not in HEADS:
             raise PetlError(f"Classification(head={head!r}): {nearest(head, HEADS)}")
         if not 0 <= label_smoothing < 1:
@@ -78,7 +81,7 @@ class Classification(FrozenTask):
         if isinstance(network, str):
             network = load_backbone(network, backbone_args, weights, pretrained)
         self.backbone = attach(network, method)
-        self.backbone.petl.checkpointing = checkpointing  # type: ignore[union-attr]
+        attached(self.backbone).checkpointing = checkpointing
         self.method, self.head_kind, self.num_classes = method, head, num_classes
         self.label_smoothing, self.mixup_alpha, self.cutmix_alpha = label_smoothing, mixup, cutmix
         self.labels: list[str] | None = None
@@ -86,7 +89,7 @@ class Classification(FrozenTask):
     @property
     def preprocessing(self) -> dict[str, Any]:
         """What the backbone's weights expect: input_size (3, H, W), mean, std, interpolation. Read by data modules."""
-        return self.backbone.petl.view.preprocessing  # type: ignore[union-attr]
+        return attached(self.backbone).view.preprocessing
 
     def setup(self, stage: str) -> None:
         if hasattr(self, "model"):
@@ -98,19 +101,24 @@ class Classification(FrozenTask):
         self.labels = list(getattr(data, "labels", None) or map(str, range(classes)))
         with torch.random.fork_rng(devices=[]):  # the same head whatever strategies and callbacks drew before
             torch.manual_seed(self.seed)
-            head = Head(self.head_kind, self.backbone.petl.view.width, classes)  # type: ignore[union-attr,arg-type]
+            head = Head(self.head_kind, attached(self.backbone).view.width, classes)
         self.model = Classifier(self.backbone, head)
         self.accuracies = nn.ModuleDict(
             {
                 f"{split}_{name}": MulticlassAccuracy(classes, average=average)
                 for split in ("train", "val", "test")
-                for name, average in (("acc", "micro"), ("mean_class_acc", "macro"))
+                for name, average in AVERAGES.items()
                 if split != "train" or name == "acc"
             }
         )
         self.mix = None
         if self.mixup_alpha or self.cutmix_alpha:
-            self.mix = Mixup(self.mixup_alpha, self.cutmix_alpha, label_smoothing=self.label_smoothing, num_classes=classes)
+            self.mix = Mixup(
+                self.mixup_alpha, self.cutmix_alpha, label_smoothing=self.label_smoothing, num_classes=classes
+            )
+
+    def _accuracy(self, name: str) -> MulticlassAccuracy:
+        return cast(MulticlassAccuracy, self.accuracies[name])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         images, labels = batch["image"], batch["label"]
@@ -123,9 +131,10 @@ class Classification(FrozenTask):
             images, targets = self.mix(images, labels)
             logits = self.model(images)
             loss = F.cross_entropy(logits.float(), targets)
-        self.accuracies["train_acc"](logits, labels)
+        accuracy = self._accuracy("train_acc")
+        accuracy(logits, labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
-        self.log("train/acc", self.accuracies["train_acc"], on_step=False, on_epoch=True, prog_bar=True)
+        self.log("train/acc", accuracy, on_step=False, on_epoch=True, prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -138,8 +147,8 @@ class Classification(FrozenTask):
         logits = self.model(batch["image"]).float()
         loss = F.cross_entropy(logits, batch["label"])
         self.log(f"{split}/loss", loss, on_epoch=True, sync_dist=True, batch_size=len(logits))
-        for name in ("acc", "mean_class_acc"):
-            metric = self.accuracies[f"{split}_{name}"]
+        for name in AVERAGES:
+            metric = self._accuracy(f"{split}_{name}")
             metric.update(logits, batch["label"])
             self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "acc")
 
@@ -157,8 +166,8 @@ class Classification(FrozenTask):
             "pretrained": self.pretrained,
         }
 
-    def save_adapter(self, directory: str | Path, protocol: dict[str, Any]) -> Path:
-        """Write the adapter of the model as it is now (see `petl.save`)."""
+    def save_adapter(self, directory: str | Path, protocol: dict[str, Any] | None = None) -> Path:
+        """Write the adapter of the model as it is now (see `petl.save`); ``protocol``: how it came about."""
         data = getattr(self.trainer, "datamodule", None)
         return save(
             self.model,

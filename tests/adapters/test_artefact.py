@@ -25,7 +25,8 @@ SMALL = {"num_classes": 0}
 
 def trained(method: petl.Method | None = None, classes: int = 4, **shape: object) -> Classifier:
     torch.manual_seed(3)
-    model = Classifier(petl.attach(_timm(**SMALL | shape), method or petl.SparseTuning(bottleneck=4)), Head("linear", 24, classes))
+    backbone = petl.attach(_timm(**SMALL | shape), method or petl.SparseTuning(bottleneck=4))
+    model = Classifier(backbone, Head("linear", 24, classes))
     with torch.no_grad():
         for p in attached(model.backbone).parameters():
             p.normal_(0, 0.1)
@@ -39,7 +40,8 @@ def base(**shape: object) -> nn.Module:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    preprocessing = {"image_size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "mode": "resize"}
+    half = [0.5] * 3
+    preprocessing = {"image_size": [32, 32], "mean": half, "std": half, "interpolation": "bicubic", "mode": "resize"}
     return petl.save(trained(), tmp_path / "a", labels=["ant", "bee", "cat", "dog"], preprocessing=preprocessing)
 
 
@@ -282,7 +284,7 @@ def test_classify_one_and_many(adapter: Path, tmp_path: Path) -> None:
     assert sum(one.probabilities.values()) == pytest.approx(1, abs=1e-5)
     assert one.top(2)[0] == (one.label, pytest.approx(one.probability))
     (tmp_path / "not.png").write_text("hello")
-    with pytest.raises(petl.PetlError, match=r"not\.png cannot be read as an image"):
+    with pytest.raises(petl.PetlError, match=r"not\.png is cut short or not an image"):
         predictor.classify(tmp_path / "not.png")
     with pytest.raises(petl.PetlError, match="no exact merge"):
         predictor.merge()

@@ -94,10 +94,12 @@ def test_identity_tells_weights_from_architecture_and_ignores_head_and_adapters(
 
 
 def test_load_backbone_by_name_with_arguments_and_local_weights(tmp_path: Path) -> None:
-    args = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "mlp_ratio": 2, "norm_eps": 1e-5}
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "mlp_ratio": 2}
+    args["norm_eps"] = 1e-5
     source = load_backbone("timm/vit_tiny_patch16_224", args, pretrained=False)
     assert source.blocks[0].norm1.eps == 1e-5
-    save_file({**source.state_dict(), "head.weight": torch.zeros(7, 24), "head.bias": torch.zeros(7)}, tmp_path / "w.safetensors")
+    head = {"head.weight": torch.zeros(7, 24), "head.bias": torch.zeros(7)}
+    save_file({**source.state_dict(), **head}, tmp_path / "w.safetensors")
     loaded = load_backbone("timm/vit_tiny_patch16_224", args, tmp_path / "w.safetensors")
     assert identify(find_view(loaded)) == identify(find_view(source))
     with pytest.raises(petl.PetlError, match="does not fit"):

@@ -83,7 +83,6 @@ def test_no_val_folder_and_no_fraction_means_no_validation(tmp_path: Path) -> No
     data = folder(tree(tmp_path, train={"a": 5}))
     data.setup("fit")
     assert (data.val_dataloader(), data.test_dataloader()) == ([], [])
-    assert data.protocol()["selection"] == "last epoch"
 
 
 def test_held_out_samples_are_stratified_seeded_and_disjoint(tmp_path: Path) -> None:

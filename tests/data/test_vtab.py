@@ -94,8 +94,6 @@ def test_final_training_has_no_validation(tmp_path: Path) -> None:
     data.setup("fit")
     assert len(data.splits["train"]) == 12
     assert data.val_dataloader() == []
-    assert data.protocol()["selection"] == "last epoch"
-    assert task(tmp_path).protocol()["selection"] == "on val200"
     with pytest.raises(PetlError, match=r"no val split, which 'validate' uses; it has: train \(train800val200\)"):
         task(tmp_path, train_split="train800val200").setup("validate")
 

@@ -36,7 +36,12 @@ trainer:
 def petl_command(*args: str, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
     """Run ``petl …`` as a person would; with ``check`` a failure shows its output."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "PL_"))}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", **env}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+    } | env
     done = subprocess.run(
         [sys.executable, "-m", "petl", *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )

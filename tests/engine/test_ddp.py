@@ -25,7 +25,8 @@ def test_two_processes_equal_one(config: Path, tmp_path: Path) -> None:
         offline = list((run / "wandb").glob("offline-run-*"))
         identifier = (run / "wandb_run_id.txt").read_text()
         assert {p.name.rpartition("-")[2] for p in offline} == {identifier}
-        rows = [r for f in (run / "metrics").glob("*/metrics.csv") for r in csv.DictReader(f.open()) if r.get("val/acc")]
+        files = (run / "metrics").glob("*/metrics.csv")
+        rows = [r for f in files for r in csv.DictReader(f.open()) if r.get("val/acc")]
         assert len(rows) == 3
     (one, metrics_one), (two, metrics_two) = found["one"], found["two"]
     assert one.keys() == two.keys()

@@ -1,4 +1,4 @@
-"""SIGKILL at random steps: every resumed run ends with the bit-identical adapter, and no half-written one is ever seen."""
+"""SIGKILL at random steps: every resumed run ends with the bit-identical adapter; no half-written one is ever seen."""
 
 from __future__ import annotations
 
@@ -60,7 +60,13 @@ print("identical", len(moments))
 @pytest.mark.parametrize(("workers", "count"), [("0", 16), ("2", 4)])
 def test_killed_at_random_steps(workers: str, count: int, config: Path, tmp_path: Path) -> None:
     rng = random.Random(int(workers))
-    hooks = ("on_train_batch_start", "training_step", "on_save_checkpoint", "validation_step", "on_before_optimizer_step")
+    hooks = (
+        "on_train_batch_start",
+        "training_step",
+        "on_save_checkpoint",
+        "validation_step",
+        "on_before_optimizer_step",
+    )
     moments = [(rng.randrange(1, 24), hooks[i % len(hooks)]) for i in range(count - 3)]
     # in the last validation, when training has ended, and while the adapter is written
     moments += [(24, "validation_step"), (24, "on_save_checkpoint"), (24, "protocol")]

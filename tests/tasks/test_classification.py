@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import lightning as L
@@ -20,11 +21,12 @@ SIZES = {"train_size": 60, "val_size": 35, "test_size": 33, "batch_size": 10}
 
 
 def task(**options: object) -> petl.Classification:
-    return petl.Classification(_timm(num_classes=0), **{"method": petl.SparseTuning(bottleneck=4), "lr": 1e-2, **options})
+    defaults = {"method": petl.SparseTuning(bottleneck=4), "lr": 1e-2}
+    return petl.Classification(_timm(num_classes=0), **defaults | options)
 
 
 def trainer(tmp_path: Path, **options: object) -> L.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     return L.Trainer(**{"max_epochs": 2, "accelerator": "cpu", "default_root_dir": tmp_path, **quiet, **options})
 
 
@@ -76,12 +78,13 @@ def test_schedule_warms_up_and_ends_at_min_lr(tmp_path: Path) -> None:
     trainer(tmp_path, max_epochs=3, callbacks=[Watch()]).fit(module, Digits(**SIZES))
     assert len(rates) == 18
     assert rates[:7] == pytest.approx([1 / 7, 2 / 7, 3 / 7, 4 / 7, 5 / 7, 6 / 7, 1.0])
-    assert all(a > b for a, b in zip(rates[6:], rates[7:]))
+    assert all(a > b for a, b in pairwise(rates[6:]))
     assert 0.25 < rates[-1] < 0.28
 
 
 def test_bad_options_and_batches(tmp_path: Path) -> None:
-    for options, word in (({"head": "lin"}, "linear"), ({"label_smoothing": 1.0}, "label_smoothing"), ({"lr": -1}, "negative")):
+    wrong = (({"head": "lin"}, "linear"), ({"label_smoothing": 1.0}, "label_smoothing"), ({"lr": -1}, "at least 0"))
+    for options, word in wrong:
         with pytest.raises(petl.PetlError, match=word):
             task(**options)
     with pytest.raises(petl.PetlError, match="even batch"):
@@ -98,14 +101,15 @@ def test_checkpoint_holds_trained_tensors_only_and_is_strict(tmp_path: Path) -> 
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == {n for n, p in module.model.named_parameters() if p.requires_grad}
     frozen = sum(p.numel() for p in module.model.parameters() if not p.requires_grad) * 4
-    assert (tmp_path / "last.ckpt").stat().st_size < 4 * sum(v.numel() * 4 for v in saved["state_dict"].values()) + 60_000 < frozen * 3
+    trained = sum(v.numel() for v in saved["state_dict"].values()) * 4
+    assert (tmp_path / "last.ckpt").stat().st_size < 4 * trained + 60_000 < frozen * 3
 
     other = task(method=petl.SparseTuning(bottleneck=5))
     with pytest.raises(petl.PetlError, match="of another shape"):
         trainer(tmp_path).fit(other, Digits(**SIZES), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:1000])
+    fit = trainer(tmp_path, plugins=[AtomicCheckpointIO()])
     with pytest.raises(petl.PetlError, match="cannot be read"):
-        fit = trainer(tmp_path, plugins=[AtomicCheckpointIO()])
         fit.fit(task(), Digits(**SIZES), ckpt_path=tmp_path / "cut.ckpt", weights_only=True)
 
 

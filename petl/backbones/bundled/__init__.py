@@ -1,4 +1,4 @@
-"""The bundled small CLIP: an ordinary timm ViT (vision) and an ordinary HF CLIP text tower, with weights in the package.
+"""The bundled small CLIP: an ordinary timm ViT (vision) and an ordinary HF CLIP text tower, weights in the package.
 
 Trained from scratch by ``recipes/pretrain_tiny_clip.py``; ``MODEL.json`` beside this file holds seed, data and figures.
 """
@@ -34,8 +34,8 @@ def vision(pretrained: bool = True, num_classes: int = 0, **overrides: Any) -> V
 
     shape = {"img_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
     model = VisionTransformer(num_classes=num_classes, **(shape | overrides))
-    model.pretrained_cfg = {"input_size": (3, IMAGE_SIZE, IMAGE_SIZE), "mean": MEAN, "std": STD,
-                            "interpolation": "bicubic", "crop_pct": 1.0, "num_classes": num_classes}  # fmt: skip
+    cfg: Any = {"input_size": (3, IMAGE_SIZE, IMAGE_SIZE), "mean": MEAN, "std": STD, "interpolation": "bicubic"}
+    model.pretrained_cfg = cfg | {"crop_pct": 1.0, "num_classes": num_classes}
     if pretrained:
         state = {k: v.float() for k, v in load_file(ROOT / "vision.safetensors").items()}
         if num_classes != EMBED_DIM:
