@@ -66,7 +66,7 @@ def save(
     if head and labels is not None and len(labels) != head["num_classes"]:
         raise PetlError(f"petl.save: {len(labels)} labels for a head of {head['num_classes']} classes.")
     tensors = {k: v.detach().cpu().contiguous() for k, v in trained_tensors(model).items()}
-    data = dump_tensors(tensors, metadata={"format": "pt", "petl_schema": str(SCHEMA)})
+    data = dump_tensors(tensors, metadata={"format": "pt"})  # one key: the order of several is random
     own_classes = next((p.shape[0] for _, m in module.view.head_modules() for p in m.parameters()), 0)
     config: dict[str, Any] = {
         "schema": SCHEMA,

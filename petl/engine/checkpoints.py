@@ -42,12 +42,38 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Keeps ``last.ckpt`` up to date: every so many steps and when training ends."""
+    """Keeps ``last.ckpt`` up to date: every so many steps, and when training ends.
+
+    Never between a step and the validation that follows it: Lightning does not run that validation when it resumes
+    from there. Such a save waits for the end of the epoch, or for the next step.
+    """
 
     def __init__(self, dirpath: Path, every_n_steps: int) -> None:
-        super().__init__(
-            dirpath, filename="last", save_top_k=1, every_n_train_steps=every_n_steps, enable_version_counter=False
-        )
+        super().__init__(dirpath, filename="last", save_top_k=0)
+        if every_n_steps < 1:
+            raise PetlError(
+                f"checkpoint_every is {every_n_steps}: give the number of steps between run states, 1 or more."
+            )
+        self.every_n_steps, self._due = every_n_steps, False
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._due = self._due or trainer.global_step % self.every_n_steps == 0
+        validates = bool(trainer.val_check_batch) and (batch_idx + 1) % trainer.val_check_batch == 0
+        if self._due and not validates and not trainer.is_last_batch:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._due:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing: see the class."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        self._due = False
         trainer.save_checkpoint(Path(str(self.dirpath)) / "last.ckpt")
