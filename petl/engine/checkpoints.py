@@ -60,7 +60,8 @@ class RunCheckpoint(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._due = self._due or trainer.global_step % self.every_n_steps == 0
-        validates = bool(trainer.val_check_batch) and (batch_idx + 1) % trainer.val_check_batch == 0
+        every = trainer.val_check_batch
+        validates = every is not None and (batch_idx + 1) % every == 0
         if self._due and not validates and not trainer.is_last_batch:
             self._save(trainer)
 
