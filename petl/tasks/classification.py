@@ -27,7 +27,8 @@ class Classification(FrozenTask):
     """Train a method for image classification.
 
     Args:
-        backbone: a name (see `petl.list_backbones`), e.g. "timm/vit_base_patch16_224.orig_in21k", or the model itself.
+        backbone: a name (see `petl.list_backbones`), e.g. "timm/vit_base_patch16_224.orig_in21k"; in Python also the
+            model itself.
         method: what is trained, e.g. petl.SparseTuning.
         head: "linear", or "bn_linear" (BatchNorm without affine part before the linear layer).
         lr: peak learning rate of AdamW.
@@ -49,7 +50,7 @@ class Classification(FrozenTask):
 
     def __init__(
         self,
-        backbone: str | nn.Module = "bundled/tiny_clip_vision",
+        backbone: Any = "bundled/tiny_clip_vision",
         method: Method | None = None,
         head: str = "linear",
         lr: float = 1e-3,
