@@ -60,8 +60,9 @@ class Progress(TQDMProgressBar):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
+        # on every rank: the metrics are computed here, and that waits for all of them
+        numbers = _scalars(trainer.callback_metrics, ("train/loss", "train/acc", "val/acc"))
         if self.is_disabled and trainer.is_global_zero:
-            numbers = _scalars(trainer.callback_metrics, ("train/loss", "train/acc", "val/acc"))
             shown = {k: f"{v:.4f}" for k, v in numbers.items()} | self._speed(trainer)
             line = "  ".join(f"{k} {v}" for k, v in shown.items())
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {line}", flush=True)
