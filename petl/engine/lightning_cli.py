@@ -78,7 +78,7 @@ class PetlCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            trainer_defaults={"max_epochs": 10, "use_distributed_sampler": True, "enable_model_summary": False},
+            trainer_defaults={"max_epochs": 10, "enable_model_summary": False},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
