@@ -30,6 +30,8 @@ _PUBLIC = {
     "report": "petl.costs",
     "Report": "petl.costs",
     "Classifier": "petl.backbones.classifier",
+    "GroundingModel": "petl.models.grounding",
+    "Grounding": "petl.tasks.grounding",
     "Classification": "petl.tasks.classification",
     "Method": "petl.methods.base",
     "load": "petl.adapters",
@@ -44,7 +46,7 @@ __all__ = ["PetlError", "__version__", *sorted(_PUBLIC)]
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
-    if name in ("adapters", "backbones", "data", "engine", "methods", "nn", "tasks"):
+    if name in ("adapters", "backbones", "data", "engine", "methods", "models", "nn", "tasks"):
         return import_module(f"petl.{name}")
     from petl.methods import entries
 

@@ -25,7 +25,8 @@ VERBS = {
     "report": "parameters, compute and memory of a config, without training",
     "info": "what an adapter is, what it was trained on, whether it is intact",
     "classify": "classify images with an adapter, and draw them",
-    "data": "check a data set before a training does: petl data check --config FILE",
+    "ground": "find what an expression refers to in an image, and draw the box",
+    "data": "petl data check --config FILE: what is wrong with a data set; petl data prepare: convert one",
 }
 
 
@@ -53,7 +54,7 @@ def _help() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
     return (
-        "petl: parameter-efficient transfer learning on frozen vision backbones\n\n"
+        "petl: parameter-efficient transfer learning on frozen vision and vision-language backbones\n\n"
         f"usage: petl VERB …\n\n{verbs}\n\n"
         "start:  petl fit --config quickstart/classification        (a shipped config, or a file)\n"
         "help:   petl VERB --help;  every key of a config: petl fit --help, petl fit --model.help petl.Classification\n"
@@ -63,15 +64,15 @@ def _help() -> str:
 
 def _ls(args: Sequence[str]) -> None:
     argparse.ArgumentParser("petl ls", description=VERBS["ls"]).parse_args(args)
-    from petl.backbones import BUNDLED, FAMILIES
+    from petl.backbones import BUNDLED, BUNDLED_TEXT, FAMILIES
     from petl.methods import entries
 
     print("methods")
     for entry in entries().values():
         print(f"  {entry.cls:<18} {entry.summary}")
     print("backbones")
-    for name in BUNDLED:
-        print(f"  {name:<18} in the package, 64 px, 2.4 M parameters")
+    for name, size in ((*BUNDLED, "64 px, 2.4 M parameters"), (*BUNDLED_TEXT, "text, 0.8 M parameters")):
+        print(f"  {name:<24} in the package, {size}")
     for family, text in FAMILIES.items():
         print(f"  {family:<18} {text}")
     print("configs")
@@ -138,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             cli = run([verb, *_resolve_configs(rest)])
             if verb == "fit" and cli.trainer.is_global_zero:
-                print(f"adapter: {cli.options.run_dir}/adapter   (petl info, petl classify, petl.load)")
+                use = "ground" if "ground" in type(cli.model).__name__.lower() else "classify"
+                print(f"adapter: {cli.options.run_dir}/adapter   (petl info, petl {use}, petl.load)")
         elif verb == "ls":
             _ls(rest)
         elif verb == "cp":
@@ -147,10 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from petl.engine.inspect_cli import check_data, report
 
             (report if verb == "report" else check_data)(_resolve_configs(rest))
-        elif verb in ("info", "classify"):
-            from petl.engine.adapter_cli import classify, info
+        elif verb in ("info", "classify", "ground"):
+            from petl.engine import adapter_cli
 
-            (info if verb == "info" else classify)(rest)
+            getattr(adapter_cli, verb)(rest)
         else:
             raise PetlError(f"petl has no verb {verb!r}: {nearest(verb, VERBS)} 'petl --help' lists them.")
     except PetlError as error:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from petl.backbones import view as find_view
+from petl.errors import PetlError
 from petl.methods.attach import attached
+from petl.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class SavedBytes:
 class Report:
     """Counts of a model with a method attached.
 
-    ``trainable``: parameters of the method; ``head``: of the classification head; ``total``: of everything. ``macs``:
-    multiply-accumulates of one image, forward ("GFLOPs" in most papers are 10^9 of these). ``first_gradient``: where
-    the backward pass ends in the backbone, and why.
+    ``trainable``: parameters of the method; ``head``: of the classification head, or of the vision-language part of a
+    grounding model, whose ``macs`` and ``saved_bytes`` are those of an image with its expression; ``total``: of
+    everything. ``macs``: multiply-accumulates of one image, forward ("GFLOPs" in most papers are 10^9 of these).
+    ``first_gradient``: where the backward pass ends in the backbone, and why.
     """
 
     method: str
@@ -59,15 +61,15 @@ class Report:
         )
 
 
-def count_macs(model: nn.Module, x: Tensor) -> int:
-    """Multiply-accumulates of one forward pass on ``x`` (matrix products and convolutions, as papers count)."""
+def count_macs(model: nn.Module, *inputs: Tensor) -> int:
+    """Multiply-accumulates of one forward pass on ``inputs`` (matrix products and convolutions, as papers count)."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x)
+        model(*inputs)
     return counter.get_total_flops() // 2
 
 
-def count_saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes of distinct storages that autograd keeps for backward after a forward pass on ``x``, without parameters."""
+def count_saved_bytes(model: nn.Module, *inputs: Tensor) -> int:
+    """Bytes of distinct storages that autograd keeps for backward after a forward pass, without parameters."""
     weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
 
@@ -78,7 +80,7 @@ def count_saved_bytes(model: nn.Module, x: Tensor) -> int:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(x)
+        out = model(*inputs)
     del out  # held until here, so that no storage was freed and counted twice
     return sum(kept.values())
 
@@ -87,29 +89,46 @@ def report(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
     """Count what ``model`` costs.
 
     Args:
-        model: a model after `petl.attach`, or a `petl.Classifier` around one.
+        model: a model after `petl.attach`, a `petl.Classifier` around one, or a `petl.GroundingModel`.
         input_size: (3, H, W) in pixels; None = what the backbone was trained on.
 
     Raises:
         PetlError: no method is attached.
     """
-    from petl.backbones.classifier import Classifier
+    from petl.models.grounding import GroundingModel
 
-    backbone = model.backbone if isinstance(model, Classifier) else model
-    module = attached(backbone)
-    view = find_view(backbone)
-    size = input_size or tuple(view.preprocessing["input_size"])
-    heads = [m for _, m in view.head_modules()] + ([model.head] if isinstance(model, Classifier) else [])
+    if isinstance(model, GroundingModel):
+        if input_size not in (None, (3, model.image_size, model.image_size)):
+            raise PetlError(
+                f"this grounding model was built for images of {model.image_size} pixels, not {input_size}."
+            )
+        size, method, gradient = (3, model.image_size, model.image_size), model.petl.method, model.petl.first_gradient()
+        heads: list[nn.Module] = [model.head]
+        inputs: list[tuple[Tensor, ...]] = [model.example(n) for n in (1, 2, 3)]
+    else:
+        size, method, gradient, heads = _single(model, input_size)
+        like = next(model.parameters())
+        inputs = [(torch.zeros(n, *size, device=like.device, dtype=like.dtype),) for n in (1, 2, 3)]
     head = sum(p.numel() for m in heads for p in m.parameters())
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) - head
-    like = next(model.parameters())
-    x = torch.zeros(3, *size, device=like.device, dtype=like.dtype)
     mode = model.training
     model.train()
-    two, three = count_saved_bytes(model, x[:2]), count_saved_bytes(model, x)
+    two, three = (count_saved_bytes(model, *inputs[n]) for n in (1, 2))
     model.eval()
-    macs = count_macs(model, x[:1])
+    macs = count_macs(model, *inputs[0])
     model.train(mode)
     saved = SavedBytes(per_image=three - two, constant=3 * two - 2 * three)
-    return Report(module.method.name, size, trainable, head, total, macs, saved, module.first_gradient())
+    return Report(method.name, size, trainable, head, total, macs, saved, gradient)
+
+
+def _single(
+    model: nn.Module, input_size: tuple[int, int, int] | None
+) -> tuple[tuple[int, int, int], Method, tuple[str, str], list[nn.Module]]:
+    """Input size, method, first gradient and heads of a backbone with a method, or of a classifier around one."""
+    from petl.backbones.classifier import Classifier
+
+    module = attached(model.backbone if isinstance(model, Classifier) else model)
+    heads = [m for _, m in module.view.head_modules()] + ([model.head] if isinstance(model, Classifier) else [])
+    size = input_size or tuple(module.view.preprocessing["input_size"])
+    return size, module.method, module.first_gradient(), heads

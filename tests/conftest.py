@@ -53,11 +53,93 @@ FAMILIES = {
 def build(family: str) -> nn.Module:
     """A small network with the same random weights at every call; LayerNorms and biases are not trivial."""
     torch.manual_seed(7)
-    model = FAMILIES[family]()
+    model = ENCODERS[family]()
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, p in model.named_parameters() if not family.startswith("bundled") else ():
             p.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.15)
     return model.eval()
+
+
+def _detr() -> nn.Module:
+    from transformers import DetrConfig, DetrModel, ResNetConfig
+
+    stem = ResNetConfig(embedding_size=6, hidden_sizes=[6, 8, 8, 8], depths=[1] * 4, layer_type="basic",
+                        out_features=["stage4"])  # fmt: skip
+    return DetrModel(
+        DetrConfig(backbone_config=stem, d_model=24, encoder_layers=3, encoder_attention_heads=3, encoder_ffn_dim=32,
+                   decoder_layers=1, decoder_attention_heads=3, decoder_ffn_dim=32, num_queries=3)
+    )  # fmt: skip
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    return BertModel(
+        BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, vocab_size=40,
+                   max_position_embeddings=16)
+    )  # fmt: skip
+
+
+def _clip_text() -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(hidden_size=28, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=40,
+                       max_position_embeddings=16, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    )  # fmt: skip
+
+
+def _bundled(tower: str) -> nn.Module:
+    from petl.backbones import bundled
+
+    return getattr(bundled, tower)()
+
+
+ENCODERS = FAMILIES | {
+    "detr": _detr,
+    "hf_bert": _bert,
+    "hf_clip_text": _clip_text,
+    "bundled_vision": partial(_bundled, "vision"),
+    "bundled_text": partial(_bundled, "text"),
+}
+PAIRS = {
+    "detr+bert": ("detr", "hf_bert"),
+    "vit+bert": ("timm_vit", "hf_bert"),
+    "clip": ("hf_clip_vision", "hf_clip_text"),
+    "bundled": ("bundled_vision", "bundled_text"),
+}
+IMAGE_SIZES = {"detr": 96, "bundled_vision": 64}
+QUERY_LENGTH = 7
+SMALL_FUSION = {
+    "fusion_dim": 16,
+    "fusion_layers": 2,
+    "fusion_heads": 2,
+    "fusion_hidden": 24,
+    "query_length": QUERY_LENGTH,
+}
+
+
+def grounding(pair: str, method: object = None, **options: object) -> nn.Module:
+    """A small grounding model with the same random weights at every call."""
+    import petl
+
+    vision, text = (build(name) for name in PAIRS[pair])
+    torch.manual_seed(3)
+    size = IMAGE_SIZES.get(PAIRS[pair][0], 32)
+    return petl.GroundingModel(vision, text, method, size, **(SMALL_FUSION | options)).eval()  # type: ignore[arg-type]
+
+
+def expressions_and_images(model: nn.Module, count: int = 3) -> tuple[torch.Tensor, ...]:
+    """Inputs of a grounding model, at most 3: pictures with a padded margin, ids with padding."""
+    generator = torch.Generator().manual_seed(5)
+    size: int = model.image_size  # type: ignore[assignment]
+    images = torch.randn(3, 3, size, size, generator=generator)
+    seen = torch.ones(3, size, size, dtype=torch.bool)
+    seen[0, size // 2 :], seen[1, :, size // 2 :] = False, False
+    ids = torch.randint(3, 39, (3, QUERY_LENGTH), generator=generator)
+    words = torch.ones(3, QUERY_LENGTH, dtype=torch.long)
+    ids[0, 4:], words[0, 4:] = 0, 0
+    return tuple(t[:count] for t in (images * seen[:, None], seen, ids, words))
 
 
 def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -22,12 +22,12 @@ from petl.methods import entries, get_method
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "petl"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-LAYERS = ("nn", "backbones", "methods", "tasks", "engine", "cli")
+LAYERS = ("nn", "backbones", "methods", "models", "tasks", "engine", "cli")
 MAY_IMPORT = {layer: {"errors", *LAYERS[: i + 1]} for i, layer in enumerate(LAYERS)}
 SIDE = {"data", "adapters", "costs", "pictures"}  # beside the layers: they never import tasks, engine or cli
 MAY_IMPORT["tasks"].add("adapters")
 MAY_IMPORT["engine"] |= SIDE
-MAY_IMPORT |= {part: {"errors", "nn", "backbones", "methods", *SIDE} for part in SIDE}
+MAY_IMPORT |= {part: {"errors", "nn", "backbones", "methods", "models", *SIDE} for part in SIDE}
 MAY_IMPORT["errors"] = {"errors"}
 FREE = {"cli", "__init__", "__main__"}  # the doors of the package
 
@@ -134,7 +134,8 @@ FORBIDDEN = {
 @pytest.mark.parametrize("file", [*SOURCES, *sorted((ROOT / "recipes").glob("*.py"))], ids=lambda f: f.stem)
 def test_forbidden_calls(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
-    assert not [what for what, pattern in FORBIDDEN.items() if re.search(pattern, text)]
+    allowed = {"unpickling"} if file == PACKAGE / "data" / "plain_pickle.py" else set()  # it refuses every class
+    assert not [what for what, pattern in FORBIDDEN.items() if re.search(pattern, text) and what not in allowed]
     handlers = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ExceptHandler)]
     assert not [node.lineno for node in handlers if node.type is None], "bare except"
 
@@ -176,7 +177,22 @@ def test_docstrings_of_methods_name_their_options(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["Classification", "WandbLogger", "data.VTAB", "data.ImageFolder", "data.Digits", "data.base.ImageDataModule"],
+    [
+        "Classification",
+        "Grounding",
+        "GroundingModel",
+        "WandbLogger",
+        "data.VTAB",
+        "data.ImageFolder",
+        "data.Digits",
+        "data.Expressions",
+        "data.RefCOCO",
+        "data.Scenes",
+        "data.base.DataModule",
+        "data.grounding.GroundingDataModule",
+        "data.grounding_transforms.Augmentation",
+        "data.references.Collector",
+    ],
 )
 def test_docstrings_of_modules_name_their_arguments(name: str) -> None:
     cls: object = petl

@@ -1,7 +1,8 @@
 """The directory format: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md``.
 
-Schema 1. The config is JSON and is resolved through registry names only; tensors are safetensors; nothing in an adapter
-can run code. A directory is written under another name and renamed, so that a reader sees the old one or the new one.
+Schema 2; schema 1 had no ``text_backbone``. The config is JSON and is resolved through registry names only; tensors
+are safetensors; nothing in an adapter can run code. A directory is written under another name and renamed, so that a
+reader sees the old one or the new one.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from petl.adapters.state import trained_tensors
 from petl.backbones.classifier import Classifier
 from petl.errors import PetlError
 from petl.methods.attach import attached
+from petl.models.grounding import GroundingModel
 
-SCHEMA = 1
+SCHEMA = 2
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-_KEYS = {"schema", "petl_version", "task", "method", "backbone", "head", "labels", "preprocessing", "protocol",
-         "tensors"}  # fmt: skip
+_KEYS = {"schema", "petl_version", "task", "method", "backbone", "text_backbone", "head", "labels", "preprocessing",
+         "protocol", "tensors"}  # fmt: skip
 
 
 def save(
@@ -36,6 +38,7 @@ def save(
     directory: str | Path,
     backbone: str | None = None,
     *,
+    text_backbone: str | None = None,
     backbone_args: Mapping[str, Any] | None = None,
     weights_file: str | None = None,
     labels: Sequence[str] | None = None,
@@ -45,10 +48,11 @@ def save(
     """Write the adapter of ``model`` to ``directory``; an adapter that lies there is replaced in one step.
 
     Args:
-        model: a `petl.Classifier`, or a model with a method attached.
+        model: a `petl.Classifier`, a `petl.GroundingModel`, or a model with a method attached.
         directory: where to; parents are created.
         backbone: the name under which `petl.load` finds the frozen network again (``timm/…``, ``hf/…``, ``bundled/…``);
-            None = `petl.load` needs the model itself.
+            None = `petl.load` needs the model itself. Of a grounding model, the image encoder.
+        text_backbone: the same for the text encoder of a grounding model.
         backbone_args: constructor arguments that the name alone does not tell.
         weights_file: name of the local weights file, where the backbone's weights came from one.
         labels: class names in the order of the logits.
@@ -60,26 +64,35 @@ def save(
     """
     from petl import __version__
 
-    inner = model.backbone if isinstance(model, Classifier) else model
-    module = attached(inner)
-    head = model.head.describe() if isinstance(model, Classifier) else None
-    if head and labels is not None and len(labels) != head["num_classes"]:
-        raise PetlError(f"petl.save: {len(labels)} labels for a head of {head['num_classes']} classes.")
+    head: dict[str, Any] | None = None
+    own_classes, text_record = 0, None
+    if isinstance(model, GroundingModel):
+        pair = model.petl
+        task, method, identity, head = "grounding", pair.method, pair.vision.identity, model.head.describe()
+        text_record = {"name": text_backbone, **pair.text.identity.to_dict()}
+    else:
+        module = attached(model.backbone if isinstance(model, Classifier) else model)
+        method, identity = module.method, module.identity
+        head = model.head.describe() if isinstance(model, Classifier) else None
+        own_classes = next((p.shape[0] for _, m in module.view.head_modules() for p in m.parameters()), 0)
+        task = "classification" if head or own_classes else "features"
+        if head and labels is not None and len(labels) != head["num_classes"]:
+            raise PetlError(f"petl.save: {len(labels)} labels for a head of {head['num_classes']} classes.")
     tensors = {k: v.detach().cpu().contiguous() for k, v in trained_tensors(model).items()}
     data = dump_tensors(tensors, metadata={"format": "pt"})  # one key: the order of several is random
-    own_classes = next((p.shape[0] for _, m in module.view.head_modules() for p in m.parameters()), 0)
     config: dict[str, Any] = {
         "schema": SCHEMA,
         "petl_version": __version__,
-        "task": "classification" if head or own_classes else "features",
-        "method": module.method.to_dict(),
+        "task": task,
+        "method": method.to_dict(),
         "backbone": {
             "name": backbone,
             "args": dict(backbone_args or {}),
             "weights_file": weights_file,
             "own_head_classes": own_classes,
-            **module.identity.to_dict(),
+            **identity.to_dict(),
         },
+        "text_backbone": text_record,
         "head": head,
         "labels": None if labels is None else [str(v) for v in labels],
         "preprocessing": None if preprocessing is None else dict(preprocessing),
@@ -156,13 +169,16 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{file} has schema {config['schema']}, written by petl {config.get('petl_version')}; this petl reads "
             f"up to schema {SCHEMA}. Update petl."
         )
+    if config["schema"] == 1:
+        config |= {"schema": SCHEMA, "text_backbone": None}
     if config.keys() != _KEYS:
         raise PetlError(
             f"{file}: keys missing {sorted(_KEYS - config.keys())}, unknown {sorted(config.keys() - _KEYS)}; "
             "the file was changed or cut."
         )
     kinds: dict[str, type | tuple[type, ...]] = dict.fromkeys(("method", "backbone", "tensors", "protocol"), dict)
-    kinds |= {"head": (dict, type(None)), "labels": (list, type(None)), "preprocessing": (dict, type(None))}
+    kinds |= dict.fromkeys(("head", "preprocessing", "text_backbone"), (dict, type(None)))
+    kinds |= {"labels": (list, type(None))}
     for key, kind in kinds.items():
         if not isinstance(config[key], kind):
             raise PetlError(f"{file}: {key!r} is a {type(config[key]).__name__}; the file was changed.")

@@ -14,6 +14,10 @@ def model_card(config: Mapping[str, Any]) -> str:
     labels = config["labels"] or []
     metrics = protocol.get("metrics") or {}
     shown = ", ".join(labels[:12]) + (f", … ({len(labels)} classes)" if len(labels) > 12 else "")
+    text = config["text_backbone"]
+    loads_by_name = backbone["name"] and not backbone["weights_file"] and (text is None or text["name"])
+    call = 'ground("image.jpg", "the dog on the left")' if text else 'classify("image.jpg")'
+    model = "(image_encoder, text_encoder)" if text else "the_frozen_model"
     lines = [
         "---",
         "library_name: petl",
@@ -27,15 +31,20 @@ def model_card(config: Mapping[str, Any]) -> str:
         "```python",
         "import petl",
         'predictor = petl.load("path/to/this/directory")'
-        if backbone["name"] and not backbone["weights_file"]
-        else 'predictor = petl.load("path/to/this/directory", backbone=the_frozen_model)',
-        'predictor.classify("image.jpg")',
+        if loads_by_name
+        else f'predictor = petl.load("path/to/this/directory", backbone={model})',
+        f"predictor.{call}",
         "```",
         "",
         "| | |",
         "|---|---|",
         f"| method | `{method['name']}` `{json.dumps(method['options'])}` |",
         f"| backbone | `{backbone['name']}`, weights SHA-256 `{weights[:16]}` |",
+        *(
+            [f"| text encoder | `{text['name']}`, weights SHA-256 `{(text['weights'] or text['weights_bf16'])[:16]}` |"]
+            if text
+            else []
+        ),
         f"| labels | {shown or 'none'} |",
         *(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
         "",

@@ -8,19 +8,23 @@ from torch import Tensor, nn
 from petl.backbones.classifier import Classifier
 from petl.errors import PetlError
 from petl.methods.attach import attached
+from petl.models.grounding import GroundingModel
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Everything that training changed, by module path: parameters that require gradients, and buffers beside them.
 
-    ``model`` is a `Classifier` or a model with a method attached; the paths are those inside a `Classifier`
-    (``backbone.petl.blocks.0.down.weight``, ``head.fc.weight``). A tensor shared by several modules appears once.
+    ``model`` is a `Classifier`, a `GroundingModel` or a model with a method attached; the paths of the latter are those
+    inside a `Classifier` (``backbone.petl.blocks.0.down.weight``, ``head.fc.weight``). A tensor shared by several
+    modules appears once.
     """
-    prefix = "" if isinstance(model, Classifier) else "backbone."
-    backbone = model.backbone if isinstance(model, Classifier) else model
-    frozen = not attached(backbone).trains_backbone
-    heads = tuple(f"backbone.{name}." for name, _ in attached(backbone).view.head_modules())
-    ours = ("backbone.petl.", "head.", *heads) if frozen else ("backbone.", "head.")
+    if isinstance(model, GroundingModel):
+        prefix, ours = "", ("petl.", "head.", *(("vision.", "text.") if model.petl.trains_backbone else ()))
+    else:
+        prefix = "" if isinstance(model, Classifier) else "backbone."
+        module = attached(model.backbone if isinstance(model, Classifier) else model)
+        heads = tuple(f"backbone.{name}." for name, _ in module.view.head_modules())
+        ours = ("backbone.", "head.") if module.trains_backbone else ("backbone.petl.", "head.", *heads)
     found = {prefix + n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     persistent = model.state_dict().keys()
     for name, buffer in model.named_buffers():

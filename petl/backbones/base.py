@@ -1,7 +1,9 @@
 """The backbone view: all that a method sees of a frozen network.
 
-A view wraps a model that keeps its class and its weights. It offers the blocks as two halves (attention branch, FFN
-branch), sizes and prefix tokens, the class-token attention row, pooled features and the preprocessing of the weights.
+A view wraps a model that keeps its class and its weights. It offers each block as the two halves and their parts, so
+that a method reads or changes what lies between them without copying a forward pass. `EncoderView` is what every
+encoder has, images or text; `ImageEncoder` and `TextEncoder` say how to run one as a tower of a pair; `BackboneView`
+adds what classification needs: pooled features, the class-token attention row.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import threading
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -42,20 +45,66 @@ class ThreadState(threading.local):
 
 
 class BlockView(ABC):
-    """One pre-norm block, y = x + attention(x), out = y + ffn(y). Tokens are (B, N, C)."""
+    """One transformer block on tokens (B, N, C), in parts:
+
+        A = attention_output(x)       after the output projection, before LayerScale, dropout and residual
+        y = after_attention(x, attention_branch(A))
+        u = ffn_input(y)
+        F = ffn_output(u)             after the second linear layer, before LayerScale, dropout and residual
+        out = after_ffn(y, ffn_branch(F))
+
+    Pre-norm blocks normalise inside `attention_output` and `ffn_input`, post-norm blocks inside `after_attention` and
+    `after_ffn`.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+
+    @abstractmethod
+    def attention_output(self, x: Tensor, call: Call) -> Tensor: ...
+
+    def attention_branch(self, a: Tensor) -> Tensor:
+        return a
+
+    def after_attention(self, x: Tensor, branch: Tensor) -> Tensor:
+        return x + branch
+
+    @abstractmethod
+    def ffn_input(self, y: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def ffn_output(self, u: Tensor) -> Tensor: ...
+
+    def ffn_branch(self, f: Tensor) -> Tensor:
+        return f
+
+    def after_ffn(self, y: Tensor, branch: Tensor) -> Tensor:
+        return y + branch
+
+    def attention(self, x: Tensor, call: Call) -> Tensor:
+        """The whole attention branch, without the residual."""
+        return self.attention_branch(self.attention_output(x, call))
+
+    def ffn(self, y: Tensor) -> Tensor:
+        """The whole FFN branch on tokens after the attention residual, without the residual."""
+        return self.ffn_branch(self.ffn_output(self.ffn_input(y)))
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        """The block as the network computes it."""
+        y = self.after_attention(x, self.attention(x, call))
+        return self.after_ffn(y, self.ffn(y))
+
+    def release(self) -> None:  # noqa: B027  (most views leave nothing behind)
+        """Undo what the view did to the block."""
+
+
+class RankingBlock(BlockView):
+    """A pre-norm block of a network with a class token, whose attention can rank the other tokens."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
         self._captured = ThreadState()
         self._handles: list[RemovableHandle] = []
-
-    @abstractmethod
-    def attention(self, x: Tensor, call: Call) -> Tensor:
-        """The attention branch, LayerScale and all, without the residual."""
-
-    @abstractmethod
-    def ffn(self, y: Tensor) -> Tensor:
-        """The FFN branch on tokens after the attention residual, its norm included, without the residual."""
 
     @abstractmethod
     def _query_key_modules(self) -> list[nn.Module]:
@@ -87,8 +136,8 @@ class BlockView(ABC):
         return branch, cls_attention(query, key, scale)
 
 
-class BackboneView(ABC):
-    """A frozen network seen by methods. Subclasses set the attributes from the model in their constructor."""
+class EncoderView(ABC):
+    """A frozen transformer encoder. Subclasses set the attributes from the model in their constructor."""
 
     family: ClassVar[str]
     model: nn.Module
@@ -96,15 +145,9 @@ class BackboneView(ABC):
     depth: int
     heads: int
     hidden: int  # inner width of the FFN
-    prefix_tokens: int  # class, distillation and register tokens in front of the patches
-    patch_size: tuple[int, int]
+    prefix_tokens: int = 0  # class, distillation and register tokens in front of the patches
     block_path: str  # e.g. "blocks": block i is the module "blocks.i"
-    head_names: tuple[str, ...]  # modules that classify: trained with a method, not part of the fingerprint
-
-    @property
-    @abstractmethod
-    def preprocessing(self) -> dict[str, Any]:
-        """``input_size`` (3, H, W) in pixels, ``mean``, ``std`` (of values in [0, 1]) and ``interpolation``."""
+    head_names: tuple[str, ...] = ()  # modules that classify: trained with a method, not part of the fingerprint
 
     @abstractmethod
     def block_modules(self) -> list[nn.Module]:
@@ -114,17 +157,9 @@ class BackboneView(ABC):
     def block_view(self, module: nn.Module) -> BlockView:
         """The view of one block; a `PetlError` says why where the block cannot be split into its halves."""
 
-    @abstractmethod
-    def features(self, x: Tensor) -> Tensor:
-        """Pooled features (B, width) of images (B, 3, H, W), as the network's own head would get them."""
-
-    @abstractmethod
-    def reduction_obstacle(self) -> str | None:
-        """Why dropping tokens would be wrong in this network, or None."""
-
-    @abstractmethod
     def library_checkpointing(self) -> bool:
         """Whether the library's own activation checkpointing is switched on."""
+        return any(getattr(m, "gradient_checkpointing", False) for m in self.block_modules())
 
     def head_modules(self) -> list[tuple[str, nn.Module]]:
         """(path, module) of the network's own trained head, where it has one."""
@@ -134,6 +169,63 @@ class BackboneView(ABC):
     def is_backbone(self, name: str) -> bool:
         """Whether a parameter path belongs to the backbone proper: neither its head nor what petl added."""
         return not name.startswith(("petl.", *(f"{h}." for h in self.head_names)))
+
+    def fine_tuned(self, name: str) -> bool:
+        """Whether full fine-tuning trains the backbone parameter ``name``."""
+        return True
+
+
+class ImageEncoder(EncoderView):
+    """An encoder of images whose tokens lie on a grid."""
+
+    @property
+    @abstractmethod
+    def preprocessing(self) -> dict[str, Any]:
+        """``input_size`` (3, H, W) in pixels, ``mean``, ``std`` (of values in [0, 1]) and ``interpolation``."""
+
+    @abstractmethod
+    def grid(self, input_size: tuple[int, int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens for an image of ``input_size`` (3, H, W)."""
+
+    def accepts(self, size: int) -> bool:
+        """Whether images of ``size`` x ``size`` pixels can be encoded."""
+        return size == self.preprocessing["input_size"][1]
+
+    @abstractmethod
+    def encode(self, pixel_values: Tensor, pixel_mask: Tensor) -> Tensor:
+        """Tokens (B, P + N, C) of images (B, 3, H, W); ``pixel_mask`` (B, H, W) is True on the picture."""
+
+    def token_mask(self, pixel_mask: Tensor) -> Tensor:
+        """``pixel_mask`` (B, H, W) on the token grid: bool (B, N), True on the picture (nearest pixel)."""
+        rows, columns = self.grid((3, *pixel_mask.shape[-2:]))
+        return F.interpolate(pixel_mask[None].float(), size=(rows, columns))[0].flatten(1).bool()
+
+
+class TextEncoder(EncoderView):
+    """An encoder of token ids."""
+
+    @property
+    @abstractmethod
+    def max_length(self) -> int:
+        """Positions the encoder has."""
+
+    @abstractmethod
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """States (B, L, C) of the last layer for ids (B, L); ``attention_mask`` (B, L) is 1 on words, 0 on padding."""
+
+
+class BackboneView(ImageEncoder):
+    """A vision transformer as a classifier's backbone."""
+
+    patch_size: tuple[int, int]
+
+    @abstractmethod
+    def features(self, x: Tensor) -> Tensor:
+        """Pooled features (B, width) of images (B, 3, H, W), as the network's own head would get them."""
+
+    @abstractmethod
+    def reduction_obstacle(self) -> str | None:
+        """Why dropping tokens would be wrong in this network, or None."""
 
     def grid(self, input_size: tuple[int, int, int]) -> tuple[int, int]:
         """Rows and columns of patches for an image of ``input_size`` (3, H, W)."""
@@ -153,6 +245,6 @@ class BackboneView(ABC):
 def unsupported_block(module: nn.Module, where: str) -> PetlError:
     return PetlError(
         f"{where} is a {type(module).__name__}, which petl cannot split into an attention and an FFN branch "
-        "(parallel, post-norm and windowed blocks are not supported). Methods that leave the blocks alone "
+        "(parallel and windowed blocks are not supported). Methods that leave the blocks alone "
         "(LinearProbe, FullFineTuning) still work."
     )

@@ -10,12 +10,12 @@ from transformers import CLIPVisionModel, CLIPVisionModelWithProjection, ViTForI
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
 
-from petl.backbones.base import BackboneView, BlockView, Call, unsupported_block
+from petl.backbones.base import BackboneView, Call, RankingBlock, unsupported_block
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-class _SplitProjections(BlockView):
+class _SplitProjections(RankingBlock):
     """Attention with separate query and key projections, and no norm on either."""
 
     @abstractmethod
@@ -37,13 +37,16 @@ class CLIPBlock(_SplitProjections):
     def _attn(self) -> CLIPAttention:
         return self.module.self_attn
 
-    def attention(self, x: Tensor, call: Call) -> Tensor:
+    def attention_output(self, x: Tensor, call: Call) -> Tensor:
         mask, *rest = call.args or (call.kwargs.get("attention_mask"),)
         kwargs = {k: v for k, v in call.kwargs.items() if k != "attention_mask"}
         return self.module.self_attn(self.module.layer_norm1(x), mask, *rest, **kwargs)[0]
 
-    def ffn(self, y: Tensor) -> Tensor:
-        return self.module.mlp(self.module.layer_norm2(y))
+    def ffn_input(self, y: Tensor) -> Tensor:
+        return self.module.layer_norm2(y)
+
+    def ffn_output(self, u: Tensor) -> Tensor:
+        return self.module.mlp(u)
 
 
 class ViTBlock(_SplitProjections):
@@ -52,11 +55,20 @@ class ViTBlock(_SplitProjections):
     def _attn(self) -> ViTAttention:
         return self.module.attention
 
-    def attention(self, x: Tensor, call: Call) -> Tensor:
-        return self.module.dropout(self.module.attention(self.module.layernorm_before(x), *call.args, **call.kwargs)[0])
+    def attention_output(self, x: Tensor, call: Call) -> Tensor:
+        return self.module.attention(self.module.layernorm_before(x), *call.args, **call.kwargs)[0]
 
-    def ffn(self, y: Tensor) -> Tensor:
-        return self.module.dropout(self.module.mlp(self.module.layernorm_after(y)))
+    def attention_branch(self, a: Tensor) -> Tensor:
+        return self.module.dropout(a)
+
+    def ffn_input(self, y: Tensor) -> Tensor:
+        return self.module.layernorm_after(y)
+
+    def ffn_output(self, u: Tensor) -> Tensor:
+        return self.module.mlp(u)
+
+    def ffn_branch(self, f: Tensor) -> Tensor:
+        return self.module.dropout(f)
 
 
 class _HFVision(BackboneView):
@@ -82,9 +94,6 @@ class _HFVision(BackboneView):
     def reduction_obstacle(self) -> str | None:
         return None  # class token first, learned absolute positions, pooled from the class token
 
-    def library_checkpointing(self) -> bool:
-        return bool(getattr(self.model, "is_gradient_checkpointing", False))
-
 
 class HFCLIPVision(_HFVision):
     family = "hf_clip_vision"
@@ -94,14 +103,23 @@ class HFCLIPVision(_HFVision):
         super().__init__(model)
         self.block_path = "encoder.layers" if isinstance(model, CLIPVisionModel) else "vision_model.encoder.layers"
 
-    def block_view(self, module: nn.Module) -> BlockView:
+    def block_view(self, module: nn.Module) -> RankingBlock:
         if type(module) is not CLIPEncoderLayer:
             raise unsupported_block(module, "a layer of this CLIP tower")
         return CLIPBlock(module)
 
+    @property
+    def _tower(self) -> CLIPVisionModel:
+        return self.model if isinstance(self.model, CLIPVisionModel) else cast(Any, self.model).vision_model
+
     def features(self, x: Tensor) -> Tensor:
-        tower: Any = self.model if isinstance(self.model, CLIPVisionModel) else self.model.vision_model
-        return tower(pixel_values=x).pooler_output
+        return self._tower(pixel_values=x).pooler_output
+
+    def encode(self, pixel_values: Tensor, pixel_mask: Tensor) -> Tensor:
+        return self._tower.post_layernorm(self._tower(pixel_values=pixel_values).last_hidden_state)
+
+    def fine_tuned(self, name: str) -> bool:
+        return not name.startswith("visual_projection.")  # maps into CLIP's joint space, which nothing here uses
 
 
 class HFViT(_HFVision):
@@ -112,11 +130,17 @@ class HFViT(_HFVision):
         super().__init__(model)
         self.block_path = "layers" if isinstance(model, ViTModel) else "vit.layers"
 
-    def block_view(self, module: nn.Module) -> BlockView:
+    def block_view(self, module: nn.Module) -> RankingBlock:
         if type(module) is not ViTLayer:
             raise unsupported_block(module, "a layer of this ViT")
         return ViTBlock(module)
 
     def features(self, x: Tensor) -> Tensor:
+        return self.encode(x)[:, 0]
+
+    def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Tensor:
         trunk: Any = self.model if isinstance(self.model, ViTModel) else self.model.vit
-        return trunk(pixel_values=x).last_hidden_state[:, 0]
+        return trunk(pixel_values=pixel_values).last_hidden_state
+
+    def fine_tuned(self, name: str) -> bool:
+        return not name.startswith("pooler.")  # of ViTModel: a pre-training head that features do not pass

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from petl.backbones.base import BackboneView
+from petl.backbones.base import EncoderView
 from petl.errors import PetlError
 
 
@@ -57,7 +57,7 @@ def _digest(tensors: list[tuple[str, Tensor]], cast: Callable[[Tensor], Tensor])
         return hashlib.sha256(b"".join(pool.map(one, tensors))).hexdigest()
 
 
-def identify(view: BackboneView) -> Identity:
+def identify(view: EncoderView) -> Identity:
     """The identity of the backbone under ``view``; what petl added to it and its classification head do not count."""
     named: Iterable[tuple[str, Tensor]] = view.model.state_dict().items()
     tensors = sorted((n, t) for n, t in named if view.is_backbone(n))

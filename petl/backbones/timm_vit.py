@@ -9,19 +9,26 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from petl.backbones.base import BackboneView, BlockView, Call, unsupported_block
+from petl.backbones.base import BackboneView, Call, RankingBlock, unsupported_block
 
 
-class TimmBlock(BlockView):
+class TimmBlock(RankingBlock):
     module: Block
 
-    def attention(self, x: Tensor, call: Call) -> Tensor:
-        m = self.module
-        return m.drop_path1(m.ls1(m.attn(m.norm1(x), *call.args, **call.kwargs)))
+    def attention_output(self, x: Tensor, call: Call) -> Tensor:
+        return self.module.attn(self.module.norm1(x), *call.args, **call.kwargs)
 
-    def ffn(self, y: Tensor) -> Tensor:
-        m = self.module
-        return m.drop_path2(m.ls2(m.mlp(m.norm2(y))))
+    def attention_branch(self, a: Tensor) -> Tensor:
+        return self.module.drop_path1(self.module.ls1(a))
+
+    def ffn_input(self, y: Tensor) -> Tensor:
+        return self.module.norm2(y)
+
+    def ffn_output(self, u: Tensor) -> Tensor:
+        return self.module.mlp(u)
+
+    def ffn_branch(self, f: Tensor) -> Tensor:
+        return self.module.drop_path2(self.module.ls2(f))
 
     @property
     def _attn(self) -> Attention:
@@ -66,13 +73,19 @@ class TimmViT(BackboneView):
     def block_modules(self) -> list[nn.Module]:
         return list(self.model.blocks)
 
-    def block_view(self, module: nn.Module) -> BlockView:
+    def block_view(self, module: nn.Module) -> RankingBlock:
         if type(module) is not Block or type(module.attn) is not Attention:
             raise unsupported_block(module if type(module) is not Block else module.attn, "a block of this timm model")
         return TimmBlock(module)
 
     def features(self, x: Tensor) -> Tensor:
         return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+
+    def accepts(self, size: int) -> bool:
+        return super().accepts(size) or not getattr(self.model.patch_embed, "strict_img_size", True)
+
+    def encode(self, pixel_values: Tensor, pixel_mask: Tensor) -> Tensor:
+        return self.model.forward_features(pixel_values)
 
     def reduction_obstacle(self) -> str | None:
         model = self.model

@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from petl.data.digits import Digits
+    from petl.data.expressions import Expressions
     from petl.data.folder import ImageFolder
+    from petl.data.refcoco import RefCOCO
+    from petl.data.scenes import Scenes
     from petl.data.vtab import VTAB
 
-_MODULES = {"Digits": "petl.data.digits", "ImageFolder": "petl.data.folder", "VTAB": "petl.data.vtab"}
-__all__ = ["VTAB", "Digits", "ImageFolder"]
+_MODULES = {
+    "Digits": "petl.data.digits",
+    "Expressions": "petl.data.expressions",
+    "ImageFolder": "petl.data.folder",
+    "RefCOCO": "petl.data.refcoco",
+    "Scenes": "petl.data.scenes",
+    "VTAB": "petl.data.vtab",
+}
+__all__ = ["VTAB", "Digits", "Expressions", "ImageFolder", "RefCOCO", "Scenes"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,19 +1,20 @@
-"""What every image data module shares: splits, preprocessing of the weights, loaders, checks, the protocol record."""
+"""What every data module shares: splits, preprocessing of the weights, loaders, checks, the protocol record."""
 
 from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import lightning as L
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from petl.data.loading import EvalSampler, KeyedDataset, ResumableLoader, TrainSampler
@@ -21,7 +22,6 @@ from petl.data.transforms import evaluation_transform, train_transform
 from petl.errors import PetlError
 
 SHOWN = 10  # problems named in an error; the rest are counted
-USED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
 class Sample(NamedTuple):
@@ -31,23 +31,42 @@ class Sample(NamedTuple):
     label: int
     name: str
 
+    @property
+    def line(self) -> str:
+        return f"{self.name} {self.label}"
 
-class Split:
-    """The samples of a split; ``split[i]`` gives (PIL image, label)."""
 
-    def __init__(self, samples: Iterable[Sample]) -> None:
+class Entry(Protocol):
+    """What a split holds: `Sample`, or another record with an image and a line for the split's hash."""
+
+    @property
+    def image(self) -> Path | Image.Image: ...
+    @property
+    def line(self) -> str: ...
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class Split(Generic[E]):
+    """The samples of a split, in a fixed order; images stay undecoded."""
+
+    def __init__(self, samples: Iterable[E]) -> None:
         self.samples = list(samples)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        image, label, _ = self.samples[i]
-        return (read_image(image) if isinstance(image, Path) else image), label
+    def __getitem__(self, i: int) -> E:
+        return self.samples[i]
+
+    def counts(self) -> dict[str, int]:
+        """How much there is of what, for the protocol record."""
+        return {"images": len(self)}
 
     def digest(self) -> str:
-        """SHA-256 over the lines ``name label``."""
-        return hashlib.sha256("".join(f"{s.name} {s.label}\n" for s in self.samples).encode()).hexdigest()
+        """SHA-256 over the lines of the samples, e.g. ``name label``."""
+        return hashlib.sha256("".join(f"{s.line}\n" for s in self.samples).encode()).hexdigest()
 
 
 def read_image(path: Path) -> Image.Image:
@@ -61,6 +80,11 @@ def read_image(path: Path) -> Image.Image:
         raise PetlError(f"image {path} {kind}.") from error
 
 
+def opened(image: Path | Image.Image) -> Image.Image:
+    """The image itself, or the decoded file."""
+    return read_image(image) if isinstance(image, Path) else image
+
+
 @dataclass
 class CheckReport:
     """What `petl data check` prints: ``lines`` of facts, and ``problems``."""
@@ -69,14 +93,14 @@ class CheckReport:
     problems: list[str] = field(default_factory=list)
 
 
-class ImageDataModule(L.LightningDataModule):
-    """Base of all image data sets.
+class DataModule(L.LightningDataModule):
+    """Base of all data sets.
 
-    Subclasses set ``num_classes`` and ``labels`` and fill ``splits`` in `read`; they never decode there. Sizes, mean
-    and std come from the backbone's weights unless given.
+    Subclasses fill ``splits`` in `read`, where they never decode images, and say how a sample becomes an entry of a
+    batch. Sizes, mean and std come from the backbone's weights unless given.
 
     Args:
-        batch_size: images per step over all processes together.
+        batch_size: samples per step over all processes together.
         num_workers: loader processes per device.
         image_size: side of the square input in pixels; None = the backbone's.
         mean, std: normalisation of values in [0, 1]; None = the backbone's.
@@ -87,7 +111,7 @@ class ImageDataModule(L.LightningDataModule):
     name: str
     mode = "resize"  # see `evaluation_transform`
     interpolation: str | None = None  # None = the backbone's
-    augmentation = "none"
+    test_split = "test"  # what `test` and `predict` evaluate
 
     def __init__(
         self,
@@ -109,9 +133,7 @@ class ImageDataModule(L.LightningDataModule):
                 raise PetlError(f"{type(self).__name__}({key}={value}): it is at least {least}.")
         self.batch_size, self.num_workers, self.seed, self.check_images = batch_size, num_workers, seed, check_images
         self.image_size, self.mean, self.std = image_size, mean, std
-        self.num_classes: int
-        self.labels: list[str]
-        self.splits: dict[str, Split] = {}  # "train", "val", "test": those that exist
+        self.splits: dict[str, Split[Any]] = {}  # "train", "val", "test": those that exist
         self.split_names: dict[str, str] = {}  # the data set's own names for them
         self.preprocessing: dict[str, Any] = {}  # what `evaluation_transform` takes; after `setup`
         self.problems: list[str] = []  # found by `read`
@@ -120,7 +142,15 @@ class ImageDataModule(L.LightningDataModule):
 
     @abstractmethod
     def read(self) -> None:
-        """Fill ``splits``, ``split_names``, ``num_classes``, ``labels`` and ``problems``."""
+        """Fill ``splits``, ``split_names``, ``problems``, and what else the kind of data set has."""
+
+    @abstractmethod
+    def transform(self, training: bool) -> Callable[[Any], dict[str, Any]]:
+        """What makes an entry of a batch from a sample; only in ``training`` with augmentation."""
+
+    @abstractmethod
+    def describe(self, split: str) -> str:
+        """What a split holds, for `check`."""
 
     def _read_once(self) -> None:
         if not self._has_read:
@@ -134,16 +164,15 @@ class ImageDataModule(L.LightningDataModule):
         """Read the lists and look at every image of the splits that ``stage`` uses. Raises `PetlError` for bad data."""
         self._read_once()
         self.preprocessing = self._preprocessing()
-        problems = self.problems + self._damaged([s for s in USED[stage] if s in self.splits])
+        used = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (self.test_split,))
+        problems = self.problems + self._damaged([s for s in used if s in self.splits])
         if problems:
             more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
             listed = "\n  ".join(problems[:SHOWN])
             raise PetlError(f"{self.name}: {len(problems)} problems in the data:\n  {listed}{more}")
-        if USED[stage][0] not in self.splits:
+        if used[0] not in self.splits:
             there = ", ".join(f"{s} ({n})" for s, n in self.split_names.items())
-            raise PetlError(
-                f"{self.name} has no {USED[stage][0]} split, which {stage!r} uses; it has: {there or 'none'}."
-            )
+            raise PetlError(f"{self.name} has no {used[0]} split, which {stage!r} uses; it has: {there or 'none'}.")
 
     def _preprocessing(self) -> dict[str, Any]:
         weights: dict[str, Any] = getattr(getattr(self.trainer, "lightning_module", None), "preprocessing", None) or {}
@@ -152,7 +181,7 @@ class ImageDataModule(L.LightningDataModule):
         if not size or mean is None or std is None:
             raise PetlError(
                 f"{self.name}: without a Trainer the backbone's preprocessing is not known; pass image_size, mean and "
-                "std (they are in petl's Classification(...).preprocessing)."
+                "std (they are in the task's .preprocessing, e.g. petl.Classification(...).preprocessing)."
             )
         return {
             "image_size": size,
@@ -168,7 +197,7 @@ class ImageDataModule(L.LightningDataModule):
         if "train" not in self.splits:
             raise PetlError(f"{self.name} has no train split; call setup('fit') before train_dataloader().")
         world, rank = self._world()
-        data = KeyedDataset(self.splits["train"], train_transform(self.preprocessing, self.augmentation), self.seed)
+        data = KeyedDataset(self.splits["train"], self.transform(training=True), self.seed)
         sampler = TrainSampler(data, self.batch_size, world, rank, self.seed)
         limit = self.trainer.limit_train_batches if self.trainer else 1.0
         return ResumableLoader(data, sampler, self.num_workers, torch.cuda.is_available(), limit)
@@ -184,16 +213,16 @@ class ImageDataModule(L.LightningDataModule):
         return self._evaluation("val")
 
     def test_dataloader(self) -> Any:
-        return self._evaluation("test")
+        return self._evaluation(self.test_split)
 
     def predict_dataloader(self) -> Any:
-        return self._evaluation("test")
+        return self._evaluation(self.test_split)
 
     def _evaluation(self, split: str) -> Any:
         if split not in self.splits:
             return []
         world, rank = self._world()
-        data = KeyedDataset(self.splits[split], evaluation_transform(self.preprocessing), self.seed)
+        data = KeyedDataset(self.splits[split], self.transform(training=False), self.seed)
         return DataLoader(
             data,
             batch_size=max(1, self.batch_size // world),  # by name: Lightning makes the loader anew to predict
@@ -214,21 +243,22 @@ class ImageDataModule(L.LightningDataModule):
         new = {s: [x.image for x in self.splits[s].samples if isinstance(x.image, Path)] for s in splits}
         new = {s: files for s, files in new.items() if s not in self._damage}
 
-        def problem(path: Path) -> str | None:
-            try:
-                if self.check_images:
-                    read_image(path)
-                elif not path.is_file():
-                    return f"image {path} does not exist."
-            except PetlError as error:
-                return str(error)
-            return None
-
         with ThreadPoolExecutor(8) as pool:  # decoders release the GIL
             files = list(dict.fromkeys(f for v in new.values() for f in v))
-            found = dict(zip(files, pool.map(problem, files), strict=True))
+            found = dict(zip(files, pool.map(self.image_problem, files), strict=True))
         self._damage |= {s: [p for f in dict.fromkeys(v) if (p := found[f])] for s, v in new.items()}
         return list(dict.fromkeys(p for s in splits for p in self._damage[s]))
+
+    def image_problem(self, path: Path) -> str | None:
+        """What is wrong with an image file, if anything."""
+        try:
+            if self.check_images:
+                read_image(path)
+            elif not path.is_file():
+                return f"image {path} does not exist."
+        except PetlError as error:
+            return str(error)
+        return None
 
     def check(self) -> CheckReport:
         """Look at every split and every image. Raises nothing: problems are listed."""
@@ -238,17 +268,17 @@ class ImageDataModule(L.LightningDataModule):
         except PetlError as error:
             report.problems.append(str(error))
             return report
-        shown = ", ".join(self.labels[:10]) + (" …" if len(self.labels) > 10 else "")
-        report.lines.append(f"classes  {self.num_classes}: {shown}")
+        report.lines += self.facts()
         for split, data in self.splits.items():
-            counts = Counter(s.label for s in data.samples)
-            spread = f"{min(counts.values())} to {max(counts.values())} per class" if counts else "empty"
             report.lines.append(
-                f"{split:<8} {self.split_names[split]}: {len(data)} images, {len(counts)} classes seen, {spread}, "
-                f"list SHA-256 {data.digest()[:16]}"
+                f"{split:<8} {self.split_names[split]}: {self.describe(split)}, list SHA-256 {data.digest()[:16]}"
             )
         report.problems += self.problems + self._damaged(list(self.splits))
         return report
+
+    def facts(self) -> list[str]:
+        """Lines of `check` about the whole data set."""
+        return []
 
     def protocol(self) -> dict[str, Any]:
         """What decides a number on the side of the data, as JSON values; ``preprocessing`` is empty before `setup`."""
@@ -256,14 +286,50 @@ class ImageDataModule(L.LightningDataModule):
         return {
             "dataset": self.name,
             "splits": {
-                s: {"name": self.split_names[s], "images": len(v), "sha256": v.digest()} for s, v in self.splits.items()
+                s: {"name": self.split_names[s], **v.counts(), "sha256": v.digest()} for s, v in self.splits.items()
             },
-            "num_classes": self.num_classes,
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "augmentation": self.augmentation,
             "preprocessing": self.preprocessing,
         }
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """`Sample` -> entry of a batch: ``image`` (3, H, W) and ``label``."""
+
+    picture: Callable[[Image.Image], Tensor]
+
+    def __call__(self, sample: Sample) -> dict[str, Any]:
+        return {"image": self.picture(opened(sample.image)), "label": sample.label}
+
+
+class ImageDataModule(DataModule):
+    """Base of the data sets for classification: subclasses set ``num_classes`` and ``labels`` in `read`."""
+
+    num_classes: int
+    labels: list[str]
+    augmentation = "none"
+
+    def transform(self, training: bool) -> Callable[[Sample], dict[str, Any]]:
+        return _Labelled(
+            train_transform(self.preprocessing, self.augmentation)
+            if training
+            else evaluation_transform(self.preprocessing)
+        )
+
+    def facts(self) -> list[str]:
+        shown = ", ".join(self.labels[:10]) + (" …" if len(self.labels) > 10 else "")
+        return [f"classes  {self.num_classes}: {shown}"]
+
+    def describe(self, split: str) -> str:
+        data: Split[Sample] = self.splits[split]
+        counts = Counter(s.label for s in data.samples)
+        spread = f"{min(counts.values())} to {max(counts.values())} per class" if counts else "empty"
+        return f"{len(data)} images, {len(counts)} classes seen, {spread}"
+
+    def protocol(self) -> dict[str, Any]:
+        return super().protocol() | {"num_classes": self.num_classes, "augmentation": self.augmentation}
 
 
 def hold_out(labels: Sequence[int], sizes: Sequence[int], seed: int) -> list[list[int]]:

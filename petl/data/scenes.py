@@ -1,4 +1,4 @@
-"""Generated scenes: coloured shapes with exact boxes, captions and referring expressions.
+"""Generated scenes: coloured shapes with exact boxes, captions and referring expressions; the data set made of them.
 
 A scene is a pure function of ``(seed, size)``: no file, no network, any number of them. `VERSION` changes
 whenever the same seed would give another picture or another sentence; it is recorded with everything trained on scenes.
@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from petl.data.grounding import GroundingDataModule, Reference, References
+from petl.data.grounding_transforms import Augmentation
+from petl.errors import PetlError, nearest
 
 VERSION = 1
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart", "hexagon", "arrow")
@@ -25,6 +30,8 @@ TEXTURES = ("solid", "striped", "dotted")
 BACKGROUNDS = {"gray": (128, 128, 128), "sand": (205, 190, 150), "navy": (30, 40, 80), "mint": (180, 220, 200)}
 ORDINALS = ("first", "second", "third", "fourth")
 _SUPERSAMPLE = 4
+_TRIES = 32  # seeds for one place in a split: a quarter of the scenes hold one object, which says nothing
+_MOST = 6  # expressions of one scene; nearly every scene with two objects has as many
 
 
 @dataclass(frozen=True)
@@ -233,3 +240,130 @@ def _noun_phrases(thing: Thing) -> list[str]:
 def _fits(things: tuple[Thing, ...], phrase: str) -> list[int]:
     words = set(phrase.split())
     return [i for i, t in enumerate(things) if words <= {t.shape, t.color, t.size, t.texture}]
+
+
+def seed_of(split: str, seed: int, epoch: int, number: int) -> int:
+    """First of the seeds for one place in a split: above all those of pre-training, and no two places share one.
+
+    Validation and test scenes do not depend on the seed of the run, so that runs compare on the same scenes.
+    """
+    kind = ("train", "val", "test").index(split) + 1
+    run = seed & 0xFFFFFFFF if split == "train" else 0
+    return (kind << 96) + (run << 64) + (epoch << 40) + number * _TRIES
+
+
+def choose(found: list[Expression], count: int, rng: np.random.Generator) -> list[Expression]:
+    """``count`` of the expressions: one of each kind in turn, kinds and expressions in random order."""
+    kinds: dict[str, list[Expression]] = {str(k): [] for k in rng.permutation(sorted({e.kind for e in found}))}
+    for i in rng.permutation(len(found)):
+        kinds[found[i].kind].append(found[i])
+    return [e for turn in zip_longest(*kinds.values()) for e in turn if e is not None][:count]
+
+
+def references(first: int, count: int, size: int) -> list[Reference]:
+    """``count`` samples of the first scene from this seed on that has two objects and as many expressions."""
+    for seed in range(first, first + _TRIES):
+        scene = make_scene(seed, size)
+        found = expressions(scene)
+        if len(scene.things) > 1 and len(found) >= count:
+            break
+    samples = []
+    for e in choose(found, count, np.random.default_rng([VERSION, seed, 1])):
+        x0, y0, x1, y1 = scene.things[e.target].box
+        box = (x0, y0, x1 - x0, y1 - y0)
+        name = f"scene {VERSION} {seed}"
+        samples.append(Reference(scene.image, e.text, box, size, size, name, f"{name} {e.target}"))
+    return samples
+
+
+class FreshScenes(References):
+    """Training scenes that are new in every epoch; ``samples`` are those of the first."""
+
+    def __init__(self, seed: int, scenes: int, count: int, size: int) -> None:
+        self.seed, self.count, self.size = seed, count, size
+        super().__init__(r for n in range(scenes) for r in references(seed_of("train", seed, 0, n), count, size))
+
+    def at(self, epoch: int, index: int) -> Reference:
+        if epoch == 0:
+            return self.samples[index]
+        number, slot = divmod(index, self.count)
+        return references(seed_of("train", self.seed, epoch, number), self.count, self.size)[slot]
+
+
+class Scenes(GroundingDataModule):
+    """Generated scenes with referring expressions: attributes, extremes, ordinals and relations. No files.
+
+    Every scene has at least two objects, and every expression fits exactly one. Scenes of training, validation, test
+    and of the bundled backbone's pre-training are all different; validation and test are the same for every seed.
+
+    Args:
+        train_size: training scenes; there are ``expressions_per_scene`` times as many samples.
+        val_size: validation scenes.
+        test_size: test scenes.
+        expressions_per_scene: samples drawn from each scene, mixed in kind; 1 to 6.
+        fresh: new training scenes in every epoch; False = the same ones.
+        scene_size: side of the generated pictures in pixels; they are scaled to the input.
+        test_split: what `test` evaluates: "test" or "val".
+        aug_crop, aug_scale, aug_translate, aug_flip, aug_color: see `petl.data.grounding_transforms.Augmentation`.
+        batch_size: expressions per step over all processes together.
+        num_workers: loader processes per device.
+        image_size: side of the input in pixels; None = the backbone's.
+        mean: normalisation; None = the backbone's.
+        std: normalisation; None = the backbone's.
+        seed: of training scenes, data order and augmentation.
+    """
+
+    name = "scenes"
+    image_source = "generated"
+
+    def __init__(
+        self,
+        train_size: int = 3000,
+        val_size: int = 250,
+        test_size: int = 500,
+        expressions_per_scene: int = 2,
+        fresh: bool = False,
+        scene_size: int = 64,
+        test_split: str = "test",
+        aug_crop: bool = False,
+        aug_scale: bool = False,
+        aug_translate: bool = False,
+        aug_flip: bool = False,
+        aug_color: bool = False,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        image_size: int | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        augmentation = Augmentation.of(aug_crop, aug_scale, aug_translate, aug_flip, aug_color)
+        super().__init__(
+            batch_size, num_workers, image_size, mean, std, seed, test_split=test_split, augmentation=augmentation
+        )
+        if test_split not in ("val", "test"):
+            raise PetlError(f"Scenes(test_split={test_split!r}): {nearest(test_split, ('val', 'test'))}")
+        self.sizes, self.scene_size = {"train": train_size, "val": val_size, "test": test_size}, scene_size
+        self.expressions_per_scene, self.fresh = expressions_per_scene, fresh
+        if train_size < 1 or min(self.sizes.values()) < 0:
+            raise PetlError(f"Scenes: sizes {self.sizes} must not be negative, and there is something to train on.")
+        if not 1 <= expressions_per_scene <= _MOST:
+            raise PetlError(f"Scenes(expressions_per_scene={expressions_per_scene}): it is 1 to {_MOST}.")
+        if scene_size < 32:
+            raise PetlError(f"Scenes(scene_size={scene_size}): shapes can be told apart from 32 pixels on.")
+
+    def read(self) -> None:
+        count, size = self.expressions_per_scene, self.scene_size
+        for split, scenes in self.sizes.items():
+            if split == "train" and self.fresh:
+                self.splits[split] = FreshScenes(self.seed, scenes, count, size)
+            elif scenes:
+                seeds = (seed_of(split, self.seed, 0, n) for n in range(scenes))
+                self.splits[split] = References(r for first in seeds for r in references(first, count, size))
+            else:
+                continue
+            new = ", new in every epoch" if split == "train" and self.fresh else ""
+            self.split_names[split] = f"{scenes} generated scenes{new}"
+
+    def protocol(self) -> dict[str, Any]:
+        return super().protocol() | {"scenes_version": VERSION, "fresh": self.fresh}

@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode, v2
 from petl.errors import PetlError, nearest
 
 AUGMENTATIONS = ("none", "flip_crop", "shift")
-MODES = ("resize", "center_crop")
+MODES = ("resize", "center_crop", "letterbox")
 CROP_SHARE = 0.875
 
 
@@ -28,16 +28,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _parts(preprocessing: Mapping[str, Any]) -> tuple[list[int], InterpolationMode, Callable[[Image.Image], Tensor]]:
-    mode = preprocessing.get("mode")
-    if mode not in MODES:
-        raise PetlError(f"preprocessing mode {mode!r}: {nearest(str(mode), MODES)}")
+def record_values(
+    preprocessing: Mapping[str, Any],
+) -> tuple[list[int], InterpolationMode, list[float], list[float]]:
+    """Size [H, W], interpolation, mean and std of a record. Raises `PetlError` if one is missing or no number."""
     try:
         size = [int(v) for v in preprocessing["image_size"]]
         interpolation = InterpolationMode(str(preprocessing["interpolation"]))
         mean, std = ([float(v) for v in preprocessing[k]] for k in ("mean", "std"))
     except (KeyError, TypeError, ValueError) as error:
         raise PetlError(f"preprocessing record is not usable: {type(error).__name__}: {error}") from error
+    return size, interpolation, mean, std
+
+
+def _parts(preprocessing: Mapping[str, Any]) -> tuple[list[int], InterpolationMode, Callable[[Image.Image], Tensor]]:
+    mode = preprocessing.get("mode")
+    if mode not in MODES:
+        raise PetlError(f"preprocessing mode {mode!r}: {nearest(str(mode), MODES)}")
+    size, interpolation, mean, std = record_values(preprocessing)
     normalise = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
     return size, interpolation, normalise
 
@@ -46,9 +54,15 @@ def evaluation_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Im
     """PIL image -> normalised tensor (3, H, W), as in evaluation.
 
     ``preprocessing``: ``image_size`` [H, W], ``mean``, ``std``, ``interpolation``, and ``mode``: "resize" straight to
-    the size, or "center_crop" of a picture whose shorter side is the size / 0.875. Raises `PetlError` for others.
+    the size, "center_crop" of a picture whose shorter side is the size / 0.875, or "letterbox" (see
+    `petl.data.grounding_transforms.letterbox`, which gives the mask too). Raises `PetlError` for others.
     """
     size, interpolation, normalise = _parts(preprocessing)
+    if preprocessing["mode"] == "letterbox":
+        from petl.data.grounding_transforms import letterbox
+
+        record = dict(preprocessing)
+        return lambda image: letterbox(image, record).image
     if preprocessing["mode"] == "resize":
         steps = [v2.Resize(size, interpolation, antialias=True)]
     else:

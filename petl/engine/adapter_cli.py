@@ -1,4 +1,4 @@
-"""`petl info` and `petl classify`: look at an adapter, and use it."""
+"""`petl info`, `petl classify`, `petl ground`: look at an adapter, and use it."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def info(args: Sequence[str]) -> None:
     rows = {
         "adapter": f"{given.adapter} (schema {config['schema']}, petl {config['petl_version']})",
         "method": f"{config['method']['name']} ({options})",
-        "backbone": f"{base['name'] or 'not named'}, {base['parameters']:,} parameters, "
-        f"weights {(base['weights'] or base['weights_bf16'])[:16]}",
+        "backbone": _encoder(base),
+        **({"text": _encoder(config["text_backbone"])} if config["text_backbone"] else {}),
         "trained": f"{config['tensors']['parameters']:,} parameters in {len(tensors)} tensors, "
         f"{config['tensors']['bytes'] / 2**20:.2f} MiB",
-        "task": f"{config['task']}, {len(labels)} labels: {', '.join(labels[:10])}{' …' if len(labels) > 10 else ''}",
+        "task": config["task"]
+        + (f", {len(labels)} labels: {', '.join(labels[:10])}{' …' if len(labels) > 10 else ''}" if labels else ""),
         "data": ", ".join(f"{k} {v}" for k, v in data.items() if isinstance(v, (str, int, float))) or "not recorded",
         "training": ", ".join(f"{k} {v}" for k, v in training.items()) or "not recorded",
         "selection": str(protocol.get("selection", "not recorded")),
@@ -45,6 +46,49 @@ def info(args: Sequence[str]) -> None:
     }
     for key, value in rows.items():
         print(f"{key:<10} {value}")
+
+
+def _encoder(record: dict[str, Any]) -> str:
+    weights = (record["weights"] or record["weights_bf16"])[:16]
+    return f"{record['name'] or 'not named'}, {record['parameters']:,} parameters, weights {weights}"
+
+
+def ground(args: Sequence[str]) -> None:
+    """Print the box that an expression refers to, and draw it."""
+    parser = argparse.ArgumentParser("petl ground", description="Find what an expression refers to in an image.")
+    parser.add_argument("adapter", help="adapter directory or hub id")
+    parser.add_argument("image", type=Path)
+    parser.add_argument(
+        "expression", nargs="+", help='what to look for, e.g. "the red bus on the left"; several in turn'
+    )
+    parser.add_argument("--weights", type=Path, help="image encoder weights, where they came from a local file")
+    parser.add_argument("--out", type=Path, default=Path("grounded.png"), help="picture to write")
+    given = parser.parse_args(args)
+    import torch
+    from torchvision.ops import box_convert
+    from torchvision.transforms.functional import to_tensor
+
+    from petl.adapters.predictor import load
+    from petl.data.base import read_image
+    from petl.data.transforms import to_rgb
+    from petl.pictures import box_grid
+
+    image = to_rgb(read_image(given.image))
+    predictor = load(given.adapter, weights=given.weights)
+    boxes = [predictor.ground(image, phrase) for phrase in given.expression]
+    for phrase, box in zip(given.expression, boxes):
+        print(
+            f"{phrase}: "
+            + " ".join(f"{v:.1f}" for v in box)
+            + f"  (x0 y0 x1 y1, pixels of {image.width} x {image.height})"
+        )
+    corners = torch.tensor(boxes) / torch.tensor([image.width, image.height] * 2)
+    shown = to_tensor(image)[None].expand(len(boxes), -1, -1, -1)
+    try:
+        box_grid(shown, box_convert(corners, "xyxy", "cxcywh"), None, given.expression, given.out)
+    except OSError as error:
+        raise PetlError(f"the picture could not be written to {given.out}: {error}") from error
+    print(f"drawn: {given.out}")
 
 
 def classify(args: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Callbacks of a petl run: progress, the adapter, token pictures, results and predictions on disk."""
+"""Callbacks of a petl run: progress, the adapter, results and predictions on disk."""
 
 from __future__ import annotations
 
@@ -17,12 +17,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 
 from petl.adapters.artefact import read_config, read_tensors
-from petl.adapters.predictor import check_identity
 from petl.adapters.state import set_trained_tensors
 from petl.errors import PetlError
-from petl.methods.attach import attached
-from petl.methods.evit import ReducingModule
-from petl.pictures import kept_patches, token_grid, unnormalise
 
 
 def _scalars(metrics: dict[str, Any], prefixes: tuple[str, ...]) -> dict[str, float]:
@@ -135,48 +131,10 @@ class LoadAdapter(Callback):
         if json.loads(json.dumps(mine)) != config["method"]:
             held = config["method"]
             raise PetlError(f"{self.directory} holds {held}, the config asks for {mine}: not the same method.")
-        check_identity(self.directory, pl_module.backbone, config["backbone"])
-        if config["labels"] != pl_module.labels:
-            raise PetlError(f"{self.directory} was trained on other classes than this data has.")
+        pl_module.check_adapter(self.directory, config)
         set_trained_tensors(pl_module.model, read_tensors(self.directory, config), str(self.directory))
 
     on_validation_start = on_test_start = on_predict_start = _load
-
-
-class TokenPictures(Callback):
-    """After each validation, a picture of which patches kept a token in each stage, with true and predicted label."""
-
-    def __init__(self, directory: Path, count: int = 4) -> None:
-        self.directory, self.count = directory, count
-        self._batch: dict[str, Any] | None = None
-
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if batch_idx == 0 and not trainer.sanity_checking and trainer.is_global_zero:
-            self._batch = {k: v[: self.count] for k, v in batch.items()}
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        batch, self._batch = self._batch, None
-        module = attached(pl_module.backbone)
-        if batch is None or not isinstance(module, ReducingModule):
-            return
-        logits, masks = kept_patches(pl_module.backbone, pl_module.model, batch["image"])
-        if not masks:
-            return
-        labels, truth, found = pl_module.labels, batch["label"].tolist(), logits.argmax(-1).tolist()
-        preprocessing = trainer.datamodule.preprocessing  # type: ignore[attr-defined]
-        file = token_grid(
-            unnormalise(batch["image"], preprocessing["mean"], preprocessing["std"]),
-            masks,
-            module.events,
-            [f"{labels[f]} (true: {labels[t]})" for t, f in zip(truth, found, strict=True)],
-            [t == f for t, f in zip(truth, found, strict=True)],
-            self.directory / f"tokens_step{trainer.global_step:06d}.png",
-        )
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("val/tokens", [str(file)], step=trainer.global_step)
 
 
 class Results(Callback):
@@ -185,7 +143,8 @@ class Results(Callback):
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._began = 0.0
-        self._rows: list[tuple[int, int, float]] = []
+        self._columns: list[str] = []
+        self._rows: list[tuple[Any, ...]] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began = time.perf_counter()
@@ -217,14 +176,14 @@ class Results(Callback):
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        columns = (outputs[k].tolist() for k in ("index", "prediction", "probability"))
-        self._rows += list(zip(*columns, strict=True))
+        self._columns = list(outputs)
+        self._rows += list(zip(*outputs.values(), strict=True))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         name = "predictions.csv" if trainer.world_size == 1 else f"predictions_rank{trainer.global_rank}.csv"
         temporary = self.directory / f".{name}.tmp"
         with open(temporary, "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["index", "prediction", "label", "probability"])
-            writer.writerows((i, p, pl_module.labels[p], f"{q:.6f}") for i, p, q in sorted(self._rows))
+            writer.writerow(self._columns)
+            writer.writerows(sorted(self._rows))  # by index, the first column
         os.replace(temporary, self.directory / name)

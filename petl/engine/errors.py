@@ -133,7 +133,7 @@ def _classes(path: str) -> list[str]:
 
     if path.endswith("method"):
         return [f"petl.{e.cls}" for e in entries().values()]
-    return [f"petl.data.{n}" for n in data.__all__] if path == "data" else ["petl.Classification"]
+    return [f"petl.data.{n}" for n in data.__all__] if path == "data" else ["petl.Classification", "petl.Grounding"]
 
 
 def underlying(error: BaseException) -> PetlError | None:

@@ -1,4 +1,4 @@
-"""`petl report` and `petl data check`: build what a config describes, without training."""
+"""`petl report` and `petl data`: build what a config describes, without training."""
 
 from __future__ import annotations
 
@@ -40,10 +40,14 @@ def report(args: Sequence[str]) -> None:
     """Print parameters, compute and memory of a config's model."""
     from petl.backbones.classifier import Classifier
     from petl.costs import report as count
+    from petl.data.base import ImageDataModule
 
     sections = _sections(args, "model", "data")
     task, data = sections.model, sections.data
-    if data is not None and not hasattr(data, "num_classes"):
+    if not hasattr(task, "backbone"):  # grounding: the model is whole without the data
+        print(count(task.model))
+        return
+    if isinstance(data, ImageDataModule) and not hasattr(data, "num_classes"):
         data.read()  # the lists of the data set say how many classes there are
     classes = getattr(data, "num_classes", None) or getattr(task, "num_classes", None)
     model = task.backbone
@@ -56,9 +60,17 @@ def report(args: Sequence[str]) -> None:
 
 
 def check_data(args: Sequence[str]) -> None:
-    """Print what a config's data set holds and what is wrong with it; bad data is an error."""
+    """`petl data check`: print what a config's data set holds and what is wrong with it; bad data is an error.
+
+    `petl data prepare` converts a data set (see `petl.engine.prepare_cli`).
+    """
+    if args and args[0] == "prepare":
+        from petl.engine.prepare_cli import prepare
+
+        prepare(args[1:])
+        return
     if not args or args[0] != "check":
-        raise PetlError("usage: petl data check --config FILE [--data.key value …]")
+        raise PetlError("usage: petl data check --config FILE [--data.key value …], or petl data prepare KIND …")
     sections = _sections(args[1:], "data")
     found = sections.data.check()
     print("\n".join(found.lines))

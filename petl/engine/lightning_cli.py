@@ -18,9 +18,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from petl.engine.callbacks import LoadAdapter, Progress, Results, SaveAdapter, TokenPictures
+from petl.engine.callbacks import LoadAdapter, Progress, Results, SaveAdapter
 from petl.engine.checkpoints import AtomicCheckpointIO, RunCheckpoint
 from petl.engine.errors import check_class_paths, explain, underlying
+from petl.engine.pictures import BoxPictures, TokenPictures
 from petl.errors import PetlError, nearest
 from petl.methods import entries, get_method
 
@@ -134,6 +135,7 @@ class PetlCLI(LightningCLI):
             RunCheckpoint(run / "checkpoints", options.checkpoint_every),
             SaveAdapter(run / "adapter", options.select),
             TokenPictures(run / "pictures"),
+            BoxPictures(run / "pictures", count=8),
             Results(run),
         ]
         if self.config["subcommand"] != "fit" and not options.get("ckpt_path"):

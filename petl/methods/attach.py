@@ -6,24 +6,26 @@ The model stays the object it was: its class, its weights and their names. What 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from petl.backbones import image_encoder, text_encoder
 from petl.backbones import view as find_view
-from petl.backbones.base import BlockView, Call, ThreadState
+from petl.backbones.base import BlockView, Call, RankingBlock, ThreadState
 from petl.backbones.identity import identify
 from petl.errors import PetlError, nearest
-from petl.methods.base import Method, MethodModule
+from petl.methods.base import Method, MethodModule, PairModule, TowerModule
 
 
-class _Pass:
+class Pass:
     """Runs the blocks of one model in order and carries the method's state from one to the next."""
 
-    def __init__(self, module: MethodModule) -> None:
+    def __init__(self, module: TowerModule) -> None:
         self.module = module
         self.local = ThreadState()  # (next block, state)
+        self.final = ThreadState()  # state after the last block, until `take`
 
     def step(self, index: int, block: BlockView, x: Tensor, call: Call) -> Tensor:
         module = self.module
@@ -36,13 +38,20 @@ class _Pass:
                 f"block {index} was called where block {expected} was due. With {module.method.name!r} attached the "
                 "blocks exchange tensors and run only as a whole, in order; call the model itself."
             )
-        if module.checkpointing and module.training:
+        if module.checkpointing and module.training and module.recomputes:
             x, state = checkpoint(module.block, index, block, x, call, state, use_reentrant=False)
         else:
             x, state = module.block(index, block, x, call, state)
         last = index + 1 == module.view.depth
         self.local.value = None if last else (index + 1, state)
+        if last and module.has_output:
+            self.final.value = state
         return x
+
+    def take(self) -> Any:
+        """The state of the pass that has just ended."""
+        state, self.final.value = self.final.value, None
+        return state
 
     def _refuse_library_checkpointing(self) -> None:
         if self.module.view.library_checkpointing():
@@ -55,7 +64,7 @@ class _Pass:
 class _Site:
     """The replacement of one block's ``forward``. A bound method of it survives deepcopy and pickle."""
 
-    def __init__(self, run: _Pass, index: int, block: BlockView) -> None:
+    def __init__(self, run: Pass, index: int, block: BlockView) -> None:
         self.run, self.index, self.block = run, index, block
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -65,7 +74,7 @@ class _Site:
 class _Mode:
     """Replaces a model's ``train``: frozen modules stay in ``eval()`` (no dropout, DropPath, moving averages)."""
 
-    def __init__(self, model: nn.Module, module: MethodModule) -> None:
+    def __init__(self, model: nn.Module, module: TowerModule) -> None:
         self.model, self.module = model, module
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -73,7 +82,7 @@ class _Mode:
         type(model).train(model, mode and module.trains_backbone)
         module.train(mode)
         for _, head in module.view.head_modules():
-            head.train(mode)
+            head.train(mode and any(p.requires_grad for p in head.parameters()))  # frozen as half of a pair
         return model
 
 
@@ -98,32 +107,65 @@ def attach(model: nn.Module, method: Method) -> nn.Module:
             f"petl.attach takes a method such as petl.SparseTuning(), not {method!r}; "
             f"{nearest(str(method), [e.cls for e in entries().values()])}"
         )
-    present: Any = getattr(model, "petl", None)
-    if present is not None:
-        raise PetlError(f"{present.method.name!r} is attached to this model already; petl.detach(model) first.")
-    view = find_view(model)
+    view = find_view(_free(model))
     if view.family not in method.backbones:
-        raise PetlError(f"{method.name!r} does not work on {view.family}; it works on {', '.join(method.backbones)}.")
+        works = f"it works on {', '.join(method.backbones)}" if method.backbones else "it needs a petl.GroundingModel"
+        raise PetlError(f"{method.name!r} does not work on a lone {view.family}; {works}.")
     module = method.build(view)
+    install(model, module)
+    for _, head in view.head_modules():
+        head.requires_grad_(True)
+    model.add_module("petl", module)
+    return model
+
+
+def attach_pair(vision: nn.Module, text: nn.Module, method: Method) -> PairModule:
+    """Freeze two encoders and attach ``method`` to both; returns its trained module, which the caller registers.
+
+    Raises:
+        PetlError: as `attach`; both models are unchanged then.
+    """
+    views = image_encoder(_free(vision)), text_encoder(_free(text))
+    for view in views:
+        if view.family not in method.towers:
+            works = f"works on {', '.join(method.towers)}" if method.towers else "is for image classifiers"
+            raise PetlError(f"{method.name!r} does not work on {view.family} as half of a pair; it {works}.")
+    pair = method.build_pair(*views)
+    for tower in (pair.vision, pair.text):
+        [tower.view.block_view(b) for b in tower.view.block_modules() if tower.changes_blocks]  # raises before changes
+    for tower in (pair.vision, pair.text):
+        install(tower.view.model, tower)
+    if pair.shared is not None:
+        pair.shared.to(next(vision.parameters()).device)
+    return pair
+
+
+def _free(model: nn.Module) -> nn.Module:
+    """``model``, or `PetlError` where a method is attached to it already."""
+    mode = getattr(model.__dict__.get("train"), "__self__", None)
+    if isinstance(mode, _Mode):
+        raise PetlError(f"{mode.module.method.name!r} is attached to this model already; petl.detach(model) first.")
+    return model
+
+
+def install(model: nn.Module, module: TowerModule) -> None:
+    """Freeze ``model`` and let ``module`` run its blocks; `take_off` undoes it."""
+    view = module.view
     blocks = [view.block_view(b) for b in view.block_modules()] if module.changes_blocks else []
     module.identity = identify(view)
     module.to(next(model.parameters()).device)  # trained tensors stay fp32, whatever the dtype of the backbone
-
-    run = _Pass(module)
+    module.run = run = Pass(module)
     module._before = ([p.requires_grad for p in model.parameters()], {n: m.training for n, m in model.named_modules()})
-    model.requires_grad_(module.trains_backbone)
-    for _, head in view.head_modules():
-        head.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(module.trains_backbone and view.is_backbone(name) and view.fine_tuned(name))
     for index, block in enumerate(blocks):
         block.module.forward = _Site(run, index, block).forward
     for index in module.capture_blocks():
-        blocks[index].capture()
+        cast(RankingBlock, blocks[index]).capture()
     training = model.training
     module._blocks = blocks
-    model.add_module("petl", module)
     model.train = _Mode(model, module).train  # type: ignore[method-assign]
     model.train(training)
-    return model
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -132,21 +174,29 @@ def detach(model: nn.Module) -> nn.Module:
     Raises:
         PetlError: nothing is attached, or the method trained the backbone itself (there is nothing to go back to).
     """
-    module = attached(model)
+    module = _any_attached(model)
     if module.trains_backbone:
         raise PetlError(f"{module.method.name!r} trains the backbone's own weights, so there is no method to take off.")
-    take_off(model, module)
+    return remove(model)
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Undo `attach` apart from what the method did to the backbone's own weights. Returns the same object."""
+    module = _any_attached(model)
+    for tower in (module.vision, module.text) if isinstance(module, PairModule) else (module,):
+        _take_off(tower.view.model, tower)
+    del model.petl
     return model
 
 
-def take_off(model: nn.Module, module: MethodModule) -> None:
-    """Undo `attach` apart from what the method did to the backbone's own weights."""
+def _take_off(model: nn.Module, module: TowerModule) -> None:
     for block in module._blocks:
         del block.module.forward
         block.release()
-    del model.petl, model.train
+    del model.train
     requires_grad, training = module._before
-    for parameter, flag in zip(model.parameters(), requires_grad, strict=True):
+    backbone = (p for n, p in model.named_parameters() if not n.startswith("petl."))
+    for parameter, flag in zip(backbone, requires_grad, strict=True):
         parameter.requires_grad_(flag)
     for name, child in model.named_modules():
         child.training = training.get(name, child.training)
@@ -158,20 +208,27 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         PetlError: nothing is attached, or the method has no exact merge.
     """
-    module = attached(model)
+    module = _any_attached(model)
     if not module.method.mergeable:
         raise PetlError(
             f"{module.method.name!r} has no exact merge: what it adds is not a linear map of the frozen weights. "
             "Keep it attached."
         )
-    module.merge()
-    take_off(model, module)
-    return model
+    for tower in (module.vision, module.text) if isinstance(module, PairModule) else (module,):
+        cast(MethodModule, tower).merge()
+    return remove(model)
 
 
 def attached(model: nn.Module) -> MethodModule:
     """The method module of a model, or `PetlError` where none is attached."""
+    module = _any_attached(model)
+    if isinstance(module, PairModule):
+        raise PetlError("this is a pair of encoders, with one module for both: see model.petl.")
+    return module
+
+
+def _any_attached(model: nn.Module) -> MethodModule | PairModule:
     module = getattr(model, "petl", None)
-    if not isinstance(module, MethodModule):
+    if not isinstance(module, (MethodModule, PairModule)):
         raise PetlError("no method is attached to this model; call petl.attach(model, method) first.")
     return module

@@ -6,32 +6,36 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 
-from petl.backbones.base import BackboneView, BlockView, Call
+from petl.backbones.base import BackboneView, BlockView, Call, EncoderView, ImageEncoder, TextEncoder
 from petl.backbones.identity import Identity
 from petl.errors import PetlError, nearest
 
 M = TypeVar("M", bound="type[Method]")
+EVERY_TOWER = ("timm_vit", "hf_clip_vision", "hf_vit", "detr", "hf_bert", "hf_clip_text")
 
 
-class MethodModule(nn.Module):
-    """The trained tensors of a method and what it does to each block. Stands in the model as ``model.petl``.
+class TowerModule(nn.Module):
+    """What a method trains beside one encoder, and what it does to each block of it.
 
-    Subclasses override `block` (and `begin`); the default leaves the backbone as it is. State travels from block to
+    Subclasses override `block` (and `begin`); the default leaves the encoder as it is. State travels from block to
     block as a value: no tensor is kept on the module, so that checkpointing, compilation and threads stay correct.
     """
 
     changes_blocks: ClassVar[bool] = False
     trains_backbone: ClassVar[bool] = False
+    recomputes: ClassVar[bool] = True  # whether activation checkpointing of a block saves anything
+    has_output: ClassVar[bool] = False  # whether `output` needs the state after the last block
 
-    def __init__(self, method: Method, view: BackboneView) -> None:
+    def __init__(self, method: Method, view: EncoderView) -> None:
         super().__init__()
         self.method, self.view = method, view
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
-        self.identity: Identity  # of the frozen backbone, set by petl.attach, as are the next two
+        self.identity: Identity  # of the frozen encoder, set by petl.attach, as are the next three
+        self.run: Any  # the `Pass` that carries the state from block to block
         self._blocks: list[BlockView]  # whose forward is replaced
         self._before: tuple[list[bool], dict[str, bool]]  # requires_grad by parameter, training by module, for detach
 
@@ -41,15 +45,24 @@ class MethodModule(nn.Module):
 
     def block(self, index: int, block: BlockView, x: Tensor, call: Call, state: Any) -> tuple[Tensor, Any]:
         """Tokens and state after block ``index``."""
-        y = x + block.attention(x, call)
-        return y + block.ffn(y), state
+        return block.forward(x, call), state
 
-    def merge(self) -> None:
-        """Fold the trained tensors into the backbone (only called where the method is ``mergeable``)."""
+    def output(self, h: Tensor, state: Any) -> Tensor:
+        """What the encoder hands on in a pair, from its own output (B, N, C) and the state after the last block."""
+        return h
 
     def capture_blocks(self) -> tuple[int, ...]:
         """Blocks whose class-token attention row is needed."""
         return ()
+
+
+class MethodModule(TowerModule):
+    """The trained tensors of a method on one backbone. Stands in the model as ``model.petl``."""
+
+    view: BackboneView
+
+    def merge(self) -> None:
+        """Fold the trained tensors into the backbone (only called where the method is ``mergeable``)."""
 
     def token_counts(self, patches: int) -> list[tuple[int, int]]:
         """Tokens per block, prefix included: (into attention, into FFN)."""
@@ -64,12 +77,38 @@ class MethodModule(nn.Module):
         return "head", "nothing inside the backbone is trained"
 
 
+class PairModule(nn.Module):
+    """The trained tensors of a method on the two encoders of a pair. Stands in a `GroundingModel` as ``model.petl``.
+
+    ``shared``: what belongs to both encoders, registered here alone.
+    """
+
+    def __init__(self, method: Method, vision: TowerModule, text: TowerModule, shared: nn.Module | None = None) -> None:
+        super().__init__()
+        self.method, self.vision, self.text, self.shared = method, vision, text, shared
+
+    @property
+    def trains_backbone(self) -> bool:
+        return self.vision.trains_backbone
+
+    def macs(self, visual_tokens: int, text_tokens: int) -> int:
+        """Multiply-accumulates per sample of the trained part, for tokens with prefix."""
+        return 0
+
+    def first_gradient(self) -> tuple[str, str]:
+        """The first point of the encoders that takes part in the backward pass, and why."""
+        if self.trains_backbone:
+            return "second stage of the ResNet, embeddings", "every weight is trained that full fine-tuning trains"
+        return "vision-language encoder", "nothing inside the encoders is trained"
+
+
 @dataclasses.dataclass(frozen=True)
 class Method(ABC):
     """Options of a method. Subclasses are frozen dataclasses, registered by name with `register`."""
 
     name: ClassVar[str]
     backbones: ClassVar[tuple[str, ...]] = ("timm_vit", "hf_clip_vision", "hf_vit")
+    towers: ClassVar[tuple[str, ...]] = ()  # encoder families it works on as half of a pair
     mergeable: ClassVar[bool] = False
 
     @property
@@ -84,6 +123,14 @@ class Method(ABC):
     @abstractmethod
     def parameter_count(self, view: BackboneView) -> int:
         """Trained parameters without head, from the formula of the paper."""
+
+    def build_pair(self, vision: ImageEncoder, text: TextEncoder) -> PairModule:
+        """The trained module for a pair of encoders: here one module for each, with nothing in common."""
+        return PairModule(self, self.build(cast(Any, vision)), self.build(cast(Any, text)))
+
+    def pair_parameter_count(self, vision: ImageEncoder, text: TextEncoder) -> int:
+        """Trained parameters on a pair without the vision-language part, from the formula of the paper."""
+        return self.parameter_count(cast(Any, vision)) + self.parameter_count(cast(Any, text))
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "options": dataclasses.asdict(self)}

@@ -9,11 +9,11 @@ Deviation from the paper: the keep-rate warm-up belongs to training the whole ne
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor
 
-from petl.backbones.base import BackboneView, BlockView, Call
+from petl.backbones.base import BackboneView, BlockView, Call, RankingBlock
 from petl.errors import PetlError
 from petl.methods.base import Method, MethodModule, register
 from petl.nn.token_reduction import Selection, TokenReducer
@@ -52,7 +52,7 @@ class ReducingModule(MethodModule):
             raise PetlError(
                 f"{self.method.name!r} drops tokens, so an attention mask over the original tokens cannot be applied."
             )
-        branch, row = block.attention_and_cls_row(x, call)
+        branch, row = cast(RankingBlock, block).attention_and_cls_row(x, call)
         selection = self.reducer.select(row, prefix)
         assert selection is not None  # count() said so above
         selections = (*state.selections, selection) if self.record is not None else ()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from petl.backbones.base import BackboneView
-from petl.methods.base import Method, MethodModule, register
+from petl.methods.base import EVERY_TOWER, Method, MethodModule, register
 
 
 class _Full(MethodModule):
@@ -22,9 +22,10 @@ class FullFineTuning(Method):
     """Full fine-tuning: train every weight of the backbone and the head."""
 
     mergeable: ClassVar[bool] = True
+    towers: ClassVar[tuple[str, ...]] = EVERY_TOWER
 
     def build(self, view: BackboneView) -> MethodModule:
         return _Full(self, view)
 
     def parameter_count(self, view: BackboneView) -> int:
-        return sum(p.numel() for n, p in view.model.named_parameters() if view.is_backbone(n))
+        return sum(p.numel() for n, p in view.model.named_parameters() if view.is_backbone(n) and view.fine_tuned(n))

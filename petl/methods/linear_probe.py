@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from petl.backbones.base import BackboneView
-from petl.methods.base import Method, MethodModule, register
+from petl.methods.base import EVERY_TOWER, Method, MethodModule, register
 
 
 @register("linear_probe")
@@ -15,6 +15,7 @@ class LinearProbe(Method):
     """Linear probing: train the head alone on frozen features."""
 
     mergeable: ClassVar[bool] = True
+    towers: ClassVar[tuple[str, ...]] = EVERY_TOWER
 
     def build(self, view: BackboneView) -> MethodModule:
         return MethodModule(self, view)

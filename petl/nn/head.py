@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -38,5 +39,5 @@ class Head(nn.Sequential):
             )
         return super().forward(x)
 
-    def describe(self) -> dict[str, str | int]:
+    def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "in_features": self.in_features, "num_classes": self.num_classes}

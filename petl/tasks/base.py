@@ -60,26 +60,32 @@ class FrozenTask(L.LightningModule):
         torch.manual_seed(value)
         np.random.seed(value)  # timm's Mixup draws from numpy
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Trained parameters in groups for AdamW; a group's own ``lr`` follows the same schedule."""
+        return [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if not parameters:
+        groups = [g for g in self.parameter_groups() if g["params"]]
+        if not groups:
             raise PetlError(
                 "nothing is trained: neither the method nor the head has parameters that require gradients."
             )
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
         total = self._total_steps()
         epochs = self.trainer.max_epochs or -1
         warmup = int(total * self.warmup_epochs / epochs) if epochs > 0 else 0
-        low = self.min_lr / self.lr if self.lr else 0.0
 
         def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            progress = (step - warmup) / max(1, total - warmup)
-            return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+            return (step + 1) / (warmup + 1) if step < warmup else self.decay(step, warmup, total)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def decay(self, step: int, warmup: int, total: int) -> float:
+        """Factor on the learning rates at ``step`` of ``total``, after the warm-up: a cosine to ``min_lr``."""
+        low = self.min_lr / self.lr if self.lr else 0.0
+        progress = (step - warmup) / max(1, total - warmup)
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def _total_steps(self) -> int:
         """Optimiser steps of the whole training.
@@ -93,18 +99,26 @@ class FrozenTask(L.LightningModule):
             return max(1, trainer.max_steps if trainer.max_steps > 0 else int(trainer.estimated_stepping_batches))
         return max(1, math.ceil(per_epoch / trainer.accumulate_grad_batches) * trainer.max_epochs)
 
+    def decay_in_words(self) -> str:
+        return f"cosine to {self.min_lr:g}"
+
+    @property
+    def data(self) -> Any:
+        """The data module of the running trainer, or None."""
+        return getattr(self.trainer, "datamodule", None)
+
     def protocol(self) -> dict[str, Any]:
         """Everything on the model's side that decides a number."""
         return {
             "optimizer": "AdamW",
             "lr": self.lr,
             "weight_decay": self.weight_decay,
-            "schedule": f"linear warm-up over {self.warmup_epochs:g} epochs, cosine to {self.min_lr:g}, per step",
+            "schedule": f"linear warm-up over {self.warmup_epochs:g} epochs, {self.decay_in_words()}, per step",
             "seed": self.seed,
             "epochs": self.trainer.max_epochs,
             "precision": str(self.trainer.precision),
             "devices": self.trainer.world_size,
         }
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(*inputs)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from petl.adapters.artefact import save
+from petl.adapters.predictor import check_identity
 from petl.backbones import load_backbone
 from petl.backbones.classifier import Classifier
 from petl.errors import PetlError, nearest
@@ -95,7 +96,7 @@ class Classification(FrozenTask):
     def setup(self, stage: str) -> None:
         if hasattr(self, "model"):
             return
-        data = getattr(self.trainer, "datamodule", None)
+        data = self.data
         classes = getattr(data, "num_classes", None) or self.num_classes
         if not classes:
             raise PetlError("the number of classes is not known: use a petl data module, or pass num_classes.")
@@ -153,11 +154,17 @@ class Classification(FrozenTask):
             metric.update(logits, batch["label"])
             self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "acc")
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list[Any]]:
         """Sample index, predicted class and its probability for each image of the batch."""
         probabilities = self.model(batch["image"]).float().softmax(-1)
         best = probabilities.max(-1)
-        return {"index": batch["index"], "prediction": best.indices, "probability": best.values}
+        prediction, labels = best.indices.tolist(), self.labels or []
+        return {
+            "index": batch["index"].tolist(),
+            "prediction": prediction,
+            "label": [labels[p] for p in prediction],
+            "probability": [f"{p:.6f}" for p in best.values.tolist()],
+        }
 
     def protocol(self) -> dict[str, Any]:
         return super().protocol() | {
@@ -169,7 +176,6 @@ class Classification(FrozenTask):
 
     def save_adapter(self, directory: str | Path, protocol: dict[str, Any] | None = None) -> Path:
         """Write the adapter of the model as it is now (see `petl.save`); ``protocol``: how it came about."""
-        data = getattr(self.trainer, "datamodule", None)
         return save(
             self.model,
             directory,
@@ -177,6 +183,12 @@ class Classification(FrozenTask):
             backbone_args=self.backbone_args,
             weights_file=Path(self.weights).name if self.weights else None,
             labels=self.labels,
-            preprocessing=getattr(data, "preprocessing", None),
+            preprocessing=getattr(self.data, "preprocessing", None),
             protocol=protocol,
         )
+
+    def check_adapter(self, directory: Path, config: dict[str, Any]) -> None:
+        """Raise `PetlError` where the adapter of ``config`` does not belong to this model and these classes."""
+        check_identity(directory, attached(self.backbone).identity, config["backbone"])
+        if config["labels"] != self.labels:
+            raise PetlError(f"{directory} was trained on other classes than this data has.")

@@ -28,13 +28,13 @@ class Numbers:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, i: int) -> tuple[int, int]:
+    def __getitem__(self, i: int) -> int:
         self.read.append(i)
-        return i, i % 3
+        return i
 
 
-def noisy(i: int) -> Tensor:
-    return i + torch.rand(1) / 10
+def noisy(i: int) -> dict[str, Tensor]:
+    return {"image": i + torch.rand(1) / 10}
 
 
 def loader(workers: int = 0, limit: int | float = 1.0, source: Numbers | None = None) -> ResumableLoader:

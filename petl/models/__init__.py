@@ -1,0 +1,1 @@
+"""Networks put together from frozen encoders, a method and a trained head."""

@@ -1,0 +1,113 @@
+"""Vision-language encoder and box head of TransVG (arXiv 2104.08541, section 3): what every grounding model trains."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import MLP
+
+from petl.errors import PetlError
+
+
+class FusionLayer(nn.Module):
+    """Post-norm encoder layer; ``position`` (N, D) goes to queries and keys, not to values; ``mask`` is True = seen."""
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query_key, self.value, self.out = (
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+            nn.Linear(width, width),
+        )
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, z: Tensor, position: Tensor, mask: Tensor) -> Tensor:
+        parts = (*self.query_key(z + position).chunk(2, -1), self.value(z))
+        query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in parts)  # (B, H, N, D / H)
+        p = self.dropout if self.training else 0.0
+        attend = partial(F.scaled_dot_product_attention, attn_mask=mask[:, None, None], dropout_p=p)
+        if p and query.device.type == "cpu":  # no fused kernel there with dropout: it would keep maps of N x N per head
+            attended = checkpoint(attend, query, key, value, use_reentrant=False)
+        else:
+            attended = attend(query, key, value)
+        z = self.norm1(z + F.dropout(self.out(attended.transpose(1, 2).flatten(2)), p))
+        hidden = F.relu(F.dropout(self.fc1(z), p))  # in this order one tensor is kept for backward, not two; same value
+        return self.norm2(z + F.dropout(self.fc2(hidden), p))
+
+
+class GroundingHead(nn.Module):
+    """[REG] + text + visual tokens -> vision-language encoder -> box.
+
+    Args:
+        vision_width, text_width: channels of the two encoders.
+        visual_tokens: visual tokens N_v of an image; one learned position each.
+        query_length: text tokens L; one learned position each.
+        fusion_dim, fusion_layers, fusion_heads, fusion_hidden: size of the encoder.
+        dropout: in attention, FFN and residual branches of the encoder.
+    """
+
+    def __init__(
+        self,
+        vision_width: int,
+        text_width: int,
+        visual_tokens: int,
+        query_length: int = 20,
+        fusion_dim: int = 256,
+        fusion_layers: int = 6,
+        fusion_heads: int = 8,
+        fusion_hidden: int = 2048,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if fusion_dim % fusion_heads:
+            raise PetlError(f"fusion_dim {fusion_dim} does not divide into fusion_heads {fusion_heads}.")
+        self.sizes = {
+            "vision_width": vision_width, "text_width": text_width, "visual_tokens": visual_tokens,
+            "query_length": query_length, "fusion_dim": fusion_dim, "fusion_layers": fusion_layers,
+            "fusion_heads": fusion_heads, "fusion_hidden": fusion_hidden, "dropout": dropout,
+        }  # fmt: skip
+        self.visual_tokens, self.query_length = visual_tokens, query_length
+        self.visual_projection, self.text_projection = (nn.Linear(w, fusion_dim) for w in (vision_width, text_width))
+        self.reg_token = nn.Embedding(1, fusion_dim)
+        self.position = nn.Embedding(1 + query_length + visual_tokens, fusion_dim)
+        self.layers = nn.ModuleList(
+            FusionLayer(fusion_dim, fusion_heads, fusion_hidden, dropout) for _ in range(fusion_layers)
+        )
+        for parameter in self.layers.parameters():
+            if parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter)
+        self.box = MLP(fusion_dim, [fusion_dim, fusion_dim, 4], inplace=None)
+        self.checkpointing = False  # recompute each layer in the backward pass instead of keeping its activations
+
+    def forward(self, visual: Tensor, visual_mask: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """Visual tokens (B, N_v, C_v) and text states (B, L, C_l) -> boxes (B, 4), cxcywh in [0, 1], fp32.
+
+        Masks (B, N_v) and (B, L): True on the picture and on words.
+        """
+        for name, x, count in (("visual", visual, self.visual_tokens), ("text", text, self.query_length)):
+            if x.shape[1] != count:
+                raise PetlError(
+                    f"{x.shape[1]} {name} tokens for a grounding model built for {count}: "
+                    + ("images must have the size it was built for (image_size)." if name == "visual"
+                       else f"pad or cut the token ids to query_length={count}.")
+                )  # fmt: skip
+        dtype = self.reg_token.weight.dtype
+        reg = self.reg_token.weight[None].expand(len(visual), -1, -1)
+        z = torch.cat([reg, self.text_projection(text.to(dtype)), self.visual_projection(visual.to(dtype))], 1)
+        seen = F.pad(torch.cat([text_mask, visual_mask], 1).bool(), (1, 0), value=True)  # [REG] is never masked
+        for layer in self.layers:
+            if self.checkpointing and self.training:
+                z = checkpoint(layer, z, self.position.weight, seen, use_reentrant=False)
+            else:
+                z = layer(z, self.position.weight, seen)
+        return self.box(z[:, 0]).float().sigmoid()
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "grounding", **self.sizes}

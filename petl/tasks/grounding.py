@@ -1,0 +1,234 @@
+"""Visual grounding: L1 and GIoU on the box that an expression refers to; Acc@0.5 and mean IoU."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchvision.ops import box_convert, generalized_box_iou_loss
+
+from petl.adapters.artefact import save
+from petl.adapters.predictor import check_grounding
+from petl.backbones import load_backbone, load_text_encoder
+from petl.errors import PetlError
+from petl.methods.base import Method
+from petl.models.grounding import GroundingModel
+from petl.nn.boxes import paired_iou
+from petl.nn.tokens import tokenize
+from petl.tasks.base import FrozenTask
+
+HIT = 0.5  # a prediction counts when its IoU with the truth reaches this
+
+
+class Grounding(FrozenTask):
+    """Train a method for visual grounding (referring expression comprehension).
+
+    Args:
+        vision: image encoder by name, e.g. "hf/facebook/detr-resnet-50"; in Python also the model itself.
+        text: text encoder by name, e.g. "hf/google-bert/bert-base-uncased"; in Python also the model itself.
+        method: what is trained in the encoders, e.g. petl.M2IST; None = nothing, the vision-language part alone.
+        image_size: side of the square input in pixels; None = what the image encoder was trained on (DETR: 640).
+        query_length: text tokens, start and end included.
+        fusion_dim: width of the vision-language encoder.
+        fusion_layers: layers of it.
+        fusion_heads: attention heads of it.
+        fusion_hidden: inner width of its FFN.
+        dropout: dropout inside it.
+        lr: peak learning rate of the vision-language part.
+        method_lr: peak learning rate of the method's tensors, and of the encoders in full fine-tuning.
+        weight_decay: decoupled weight decay, on all trained tensors.
+        warmup_epochs: epochs of linear warm-up (may be a fraction).
+        lr_drop: epoch after which learning rates are divided by 10; None = cosine to min_lr.
+        min_lr: value of lr at the end of the cosine.
+        checkpointing: recompute activations in the backward pass: less memory, more compute.
+        vision_args: constructor arguments for a timm model, e.g. {img_size: 384}, and norm_eps.
+        vision_weights: a local file with the image encoder's weights: .safetensors, for DETR also a released .pth.
+        pretrained: false = random encoders (baselines and tests).
+        tokenizer: the text encoder's tokenizer, where ``text`` is a model and not a name.
+
+    Raises:
+        PetlError: unknown names, options out of range, a method that does not fit the encoders.
+    """
+
+    def __init__(
+        self,
+        vision: Any = "bundled/tiny_clip_vision",
+        text: Any = "bundled/tiny_clip_text",
+        method: Method | None = None,
+        image_size: int | None = None,
+        query_length: int = 20,
+        fusion_dim: int = 256,
+        fusion_layers: int = 6,
+        fusion_heads: int = 8,
+        fusion_hidden: int = 2048,
+        dropout: float = 0.1,
+        lr: float = 1e-4,
+        method_lr: float = 1e-5,
+        weight_decay: float = 1e-4,
+        warmup_epochs: float = 0.0,
+        lr_drop: int | None = None,
+        min_lr: float = 0.0,
+        checkpointing: bool = False,
+        vision_args: dict[str, Any] | None = None,
+        vision_weights: str | None = None,
+        pretrained: bool = True,
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__(lr, weight_decay, warmup_epochs, min_lr)
+        self.require_non_negative(method_lr=method_lr, lr_drop=lr_drop or 0)
+        self.method_lr, self.lr_drop, self.pretrained = method_lr, lr_drop, pretrained
+        self.names = {"vision": _name(vision), "text": _name(text)}
+        self.vision_args, self.vision_weights = dict(vision_args or {}), vision_weights
+        if isinstance(vision, str):
+            vision = load_backbone(vision, vision_args, vision_weights, pretrained)
+        self.tokenizer = tokenizer
+        if isinstance(text, str):
+            text, self.tokenizer = load_text_encoder(text, pretrained)
+        elif tokenizer is None:
+            raise PetlError("Grounding(text=model) needs the model's tokenizer too: Grounding(text=…, tokenizer=…).")
+        with torch.random.fork_rng(devices=[]):  # the same head whatever was drawn before
+            torch.manual_seed(self.seed)
+            self.model: GroundingModel = GroundingModel(
+                vision, text, method, image_size, query_length, fusion_dim, fusion_layers, fusion_heads, fusion_hidden,
+                dropout,
+            )  # fmt: skip
+        self.model.checkpointing = checkpointing
+        self.metrics = nn.ModuleDict({f"{s}_{m}": MeanMetric() for s in ("val", "test") for m in ("acc", "iou")})
+
+    @property
+    def method(self) -> Method:
+        return self.model.petl.method
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What the image encoder expects: input_size (3, S, S), mean, std, interpolation. Read by data modules."""
+        return self.model.vision_view.preprocessing | {"input_size": (3, self.model.image_size, self.model.image_size)}
+
+    def setup(self, stage: str) -> None:
+        splits = getattr(self.data, "splits", {})
+        used = [s for s in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",)) if s in splits]
+        for message in (*self._cut([p for s in used for p in self.data.expressions(s)]), *self._leaks()):
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+    def _cut(self, phrases: list[str]) -> list[str]:
+        """What is lost of these expressions, in words."""
+        if not phrases:
+            return []
+        ids = self.tokenizer(phrases, truncation=False)["input_ids"]
+        length, unknown = self.model.head.query_length, self.tokenizer.unk_token_id
+        cut = sum(len(i) > length for i in ids)
+        lost, words = sum(i.count(unknown) for i in ids), sum(map(len, ids)) - 2 * len(ids)
+        found = []
+        if cut:
+            found.append(
+                f"{cut} of {len(phrases)} expressions are longer than query_length={length} and lose their end."
+            )
+        if lost > 0.05 * words:
+            found.append(f"{100 * lost / words:.0f} % of the words are not in the text encoder's vocabulary.")
+        return found
+
+    @property
+    def leak(self) -> str:
+        """Whether the image encoder may have been trained on the pictures it is evaluated on."""
+        if getattr(self.data, "image_source", None) != "coco" or self.model.vision_view.family != "detr":
+            return "none known"
+        if self.vision_weights:
+            return f"unknown: only if {Path(self.vision_weights).name} was trained without the val and test images"
+        return f"yes: {self.names['vision'] or 'DETR'} was trained on COCO, val and test images included"
+
+    def _leaks(self) -> list[str]:
+        if self.leak == "none known" or not self.pretrained:
+            return []
+        advice = "Use weights trained without them (vision_weights) for numbers that count."
+        return [f"image encoder and data share pictures: {self.leak}. {advice}"]
+
+    # ---- steps
+
+    def boxes(self, batch: dict[str, Any]) -> Tensor:
+        """Predicted boxes (B, 4) of a batch, cxcywh in [0, 1] of the canvas."""
+        ids, mask = tokenize(self.tokenizer, batch["expression"], self.model.head.query_length)
+        return self.model(batch["image"], batch["mask"], ids.to(self.device), mask.to(self.device))
+
+    def loss(self, predicted: Tensor, truth: Tensor) -> Tensor:
+        """L1 over the four normalised values plus 1 - GIoU, both averaged over boxes, in fp32."""
+        with torch.autocast(predicted.device.type, enabled=False):
+            predicted, truth = predicted.float(), truth.float()
+            corners = (box_convert(b, "cxcywh", "xyxy") for b in (predicted, truth))
+            return (predicted - truth).abs().sum(1).mean() + generalized_box_iou_loss(*corners, reduction="mean")
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self.loss(self.boxes(batch), batch["box"])
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["box"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: dict[str, Any], split: str) -> None:
+        predicted = self.boxes(batch)
+        loss = self.loss(predicted, batch["box"])
+        self.log(f"{split}/loss", loss, on_epoch=True, sync_dist=True, batch_size=len(predicted))
+        iou = paired_iou(predicted, batch["box"])
+        for name, value in (("acc", (iou >= HIT).float()), ("iou", iou)):
+            metric = cast(MeanMetric, self.metrics[f"{split}_{name}"])
+            metric.update(value)
+            self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "acc")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list[Any]]:
+        """Sample index, expression and predicted box, corners as shares of the picture's width and height."""
+        corners = box_convert(self.boxes(batch), "cxcywh", "xyxy").clamp(0, 1)
+        rows, columns = batch["mask"].any(2), batch["mask"].any(1)  # where the picture lies on the canvas
+        offset = torch.stack([columns.float().argmax(1), rows.float().argmax(1)], 1).repeat(1, 2)
+        extent = torch.stack([columns.sum(1), rows.sum(1)], 1).repeat(1, 2)
+        shares = ((corners * self.model.image_size - offset) / extent).clamp(0, 1)
+        named = dict(zip(("x0", "y0", "x1", "y1"), shares.T.tolist(), strict=True))
+        return {"index": batch["index"].tolist(), "expression": list(batch["expression"]), **named}
+
+    # ---- optimisation
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        head = list(self.model.head.parameters())
+        known = {id(p) for p in head}
+        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
+        return [{"params": head}, {"params": rest, "lr": self.method_lr}]
+
+    def decay(self, step: int, warmup: int, total: int) -> float:
+        if self.lr_drop is None:
+            return super().decay(step, warmup, total)
+        return 1.0 if step < total * self.lr_drop / (self.trainer.max_epochs or 1) else 0.1
+
+    def decay_in_words(self) -> str:
+        return super().decay_in_words() if self.lr_drop is None else f"divided by 10 after epoch {self.lr_drop}"
+
+    # ---- what becomes of it
+
+    def protocol(self) -> dict[str, Any]:
+        return super().protocol() | {"method_lr": self.method_lr, "pretrained": self.pretrained, "leak": self.leak}
+
+    def save_adapter(self, directory: str | Path, protocol: dict[str, Any] | None = None) -> Path:
+        """Write the adapter of the model as it is now (see `petl.save`); ``protocol``: how it came about."""
+        return save(
+            self.model,
+            directory,
+            self.names["vision"] if self.pretrained else None,
+            text_backbone=self.names["text"] if self.pretrained else None,
+            backbone_args=self.vision_args,
+            weights_file=Path(self.vision_weights).name if self.vision_weights else None,
+            preprocessing=getattr(self.data, "preprocessing", None),
+            protocol=protocol,
+        )
+
+    def check_adapter(self, directory: Path, config: dict[str, Any]) -> None:
+        """Raise `PetlError` where the adapter of ``config`` does not belong to this model."""
+        check_grounding(directory, self.model, config)
+
+
+def _name(encoder: Any) -> str | None:
+    return encoder if isinstance(encoder, str) else None
