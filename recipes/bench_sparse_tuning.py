@@ -3,56 +3,27 @@
     python recipes/bench_sparse_tuning.py --out BENCHMARKS.md            (make bench)
 
 Random weights (speed does not depend on them). The things compared take turns, after a warm-up, and medians of their
-times are divided, so that a busy machine disturbs both alike. On a GPU times come from CUDA events.
+times are divided (recipes/timing.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import timm
 import torch
+from timing import DEVICE, clock, compare, machine, write_section
 from torch import nn
 
 import petl
 from petl.costs import count_macs, count_saved_bytes
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def clock(function: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    if DEVICE == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
-
-
-def compare(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each function; they take turns, in changing order."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + 2):
-        names = list(functions) if turn % 2 else list(functions)[::-1]
-        for name in names:
-            seconds = clock(functions[name])
-            if turn >= 2:
-                times[name].append(seconds)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def network(method: petl.Method | None = None) -> nn.Module:
@@ -124,25 +95,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     args = parser.parse_args()
-    rows = speed_rows(args.batch, args.rounds) + start_rows()
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
-    lines = [
-        "# Benchmarks",
-        "",
-        "## Sparse-Tuning, ViT-B/16 at 224 x 224, bottleneck 32, fp32",
-        "",
-        f"`python recipes/bench_sparse_tuning.py --batch {args.batch} --rounds {args.rounds}` on {name}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}. "
-        "Ratios of medians, taken in turns in one process.",
-        "",
-        "| what | measured | target |",
-        "|---|---:|---:|",
-        *(f"| {what} | {value:.3f} | {target} |" for what, value, target in rows),
-        "",
-    ]
-    print("\n".join(lines))
-    if args.out:
-        args.out.write_text("\n".join(lines))
+    write_section(
+        args.out,
+        "Sparse-Tuning, ViT-B/16 at 224 x 224, bottleneck 32, fp32",
+        f"`python recipes/bench_sparse_tuning.py --batch {args.batch} --rounds {args.rounds}` on {machine()}, "
+        f"timm {timm.__version__}. Ratios of medians, taken in turns in one process.",
+        speed_rows(args.batch, args.rounds) + start_rows(),
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -9,6 +10,11 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+def pictures(notebook: nbformat.NotebookNode) -> list[str]:
+    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+    return [o["data"]["image/png"] for o in outputs if o.get("data", {}).get("image/png")]
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda p: p.stem)
@@ -26,10 +32,27 @@ def test_notebook_runs(file: Path, tmp_path: Path) -> None:
         assert accuracy > 70
         assert "True" in printed  # detach gives the plain network back
         assert "other weights" in printed  # the wrong backbone is refused
-        assert any(
-            o.get("data", {}).get("image/png") for c in notebook.cells if c.cell_type == "code" for o in c.outputs
-        )
+        assert pictures(notebook)
+    if file.stem == "02_grounding":
+        costs = {line.split()[0]: line for line in printed.splitlines() if "kept for backward" in line}
+        kept = {method: float(line.partition("MiB")[0].split()[-1]) for method, line in costs.items()}
+        assert kept["linear_probe"] < kept["m2ist"] < 0.5 * kept["dara"]
+        assert "gradient goes back to side streams" in costs["m2ist"]
+        first, last = (float(v) for v in re.search(r"loss ([\d.]+) -> ([\d.]+) in", printed).groups())  # type: ignore[union-attr]
+        assert last < 0.2 * first
+        hits, count = (int(v) for v in re.search(r"(\d+) of (\d+) expressions are hit", printed).groups())  # type: ignore[union-attr]
+        assert hits > 0.8 * count
+        box, truth = (re.search(rf"{what}:((?: [\d.]+){{4}})", printed) for what in ("the [a-z ]+", "truth"))
+        assert box
+        assert truth
+        assert all(abs(float(a) - float(b)) < 6 for a, b in zip(box[1].split(), truth[1].split(), strict=True))
+        assert "this text encoder is the right architecture with other weights" in printed  # the wrong pair is refused
+        assert len(pictures(notebook)) == 2  # boxes on eight scenes, and the scene that was grounded
 
 
-def test_there_are_notebooks() -> None:
-    assert NOTEBOOKS
+def test_there_are_notebooks_without_outputs() -> None:
+    assert [f.stem for f in NOTEBOOKS] == ["01_quickstart", "02_grounding"]
+    for file in NOTEBOOKS:
+        notebook = nbformat.read(file, as_version=4)
+        nbformat.validate(notebook)
+        assert not any(cell.outputs or cell.execution_count for cell in notebook.cells if cell.cell_type == "code")

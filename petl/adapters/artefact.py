@@ -68,7 +68,7 @@ def save(
     own_classes, text_record = 0, None
     if isinstance(model, GroundingModel):
         pair = model.petl
-        task, method, identity, head = "grounding", pair.method, pair.vision.identity, model.head.describe()
+        task, method, identity, head = "grounding", pair.method, pair.vision.identity, model.describe()
         text_record = {"name": text_backbone, **pair.text.identity.to_dict()}
     else:
         module = attached(model.backbone if isinstance(model, Classifier) else model)

@@ -26,6 +26,7 @@ from petl.models.grounding import GroundingModel
 from petl.nn.head import Head
 from petl.nn.tokens import tokenize
 
+_HEAD_SIZES = ("image_size", "query_length", "fusion_dim", "fusion_layers", "fusion_heads", "fusion_hidden")
 Picture = str | Path | Image.Image
 
 
@@ -100,6 +101,8 @@ class Predictor:
         boxed = letterbox(self._read(image, "grounding"), self.config["preprocessing"])
         if not expression.strip():
             raise PetlError("the expression is empty: say what to look for, e.g. 'the red bus on the left'.")
+        if self.tokenizer is None:
+            raise PetlError("the encoders were passed in without their tokenizer: petl.load(…, tokenizer=…).")
         model = cast(GroundingModel, self.model)
         ids, mask = tokenize(self.tokenizer, [expression], model.head.query_length)
         device = next(model.parameters()).device
@@ -189,9 +192,10 @@ def _grounding(
     head, text_record = config["head"], config["text_backbone"]
     if head is None or text_record is None:
         raise PetlError(f"{directory}: an adapter for grounding has a head and a text_backbone; the file was changed.")
-    options = {k: _size(head, k) for k in ("query_length", *(k for k in head if k.startswith("fusion_")))}
-    if not isinstance(head.get("dropout"), (int, float)) or not isinstance(config["preprocessing"], dict | None):
+    options: dict[str, Any] = {k: _size(head, k) for k in _HEAD_SIZES}
+    if not isinstance(head.get("dropout"), (int, float)) or not 0 <= head["dropout"] < 1:
         raise PetlError(f"{directory}: head.dropout is {head.get('dropout')!r}; the file was changed.")
+    options |= {"dropout": head["dropout"], "positions": str(head.get("positions"))}
     if backbone is None:
         vision = _load_recorded(directory, config["backbone"], weights)
         if not text_record.get("name"):
@@ -203,13 +207,16 @@ def _grounding(
         vision, text = backbone
     else:
         raise PetlError(f"{directory} was trained for grounding: pass backbone=(image encoder, text encoder).")
-    size = ((config["preprocessing"] or {}).get("image_size") or [None])[0]
-    return GroundingModel(vision, text, method, size, dropout=head["dropout"], **options), tokenizer
+    return GroundingModel(vision, text, method, **options), tokenizer
 
 
 def _size(head: dict[str, Any], key: str) -> int:
     value = head.get(key)
-    if not isinstance(value, int) or not 0 < value < 1_000_000:
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or not 0 < value < (100 if key.endswith("layers") else 1_000_000)
+    ):
         raise PetlError(f"adapter_config.json: head.{key} is {value!r}, not a sensible size; the file was changed.")
     return value
 
@@ -218,7 +225,10 @@ def check_grounding(directory: Path, model: GroundingModel, config: dict[str, An
     """Raise `PetlError` unless ``model`` has the encoders and the sizes of the adapter."""
     check_identity(directory, model.petl.vision.identity, config["backbone"], "image encoder")
     check_identity(directory, model.petl.text.identity, config["text_backbone"] or {}, "text encoder")
-    mine = model.head.describe()
+    canvas = (config["preprocessing"] or {}).get("image_size", [model.image_size] * 2)
+    if canvas != [model.image_size] * 2:
+        raise PetlError(f"{directory}: preprocessing gives {canvas} pixels to a model of {model.image_size}.")
+    mine = model.describe()
     if mine != config["head"]:
         differing = sorted(k for k in mine if mine[k] != (config["head"] or {}).get(k))
         raise PetlError(f"{directory} has another vision-language part than the model: {', '.join(differing)} differ.")

@@ -139,8 +139,15 @@ def read_released(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # pickle, zip and runtime errors: whatever it is, this file cannot be used
         raise PetlError(f"weights file {path} cannot be read as a checkpoint of tensors: {error}") from error
     state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not any("transformer.encoder.layers" in str(k) for k in state):
+    named = isinstance(state, dict) and all(isinstance(k, str) for k in state)
+    if not isinstance(state, dict) or not named or not any("transformer.encoder.layers" in k for k in state):
         raise PetlError(f"weights file {path} is no DETR checkpoint: it has no 'transformer.encoder.layers' tensors.")
+    odd = [k for k, v in state.items() if not isinstance(v, Tensor) or v.layout is not torch.strided]
+    odd += [k for k, v in state.items() if k not in odd and ".in_proj_" in k and v.shape[0] % 3]
+    if odd:
+        raise PetlError(
+            f"weights file {path} is no DETR checkpoint: {odd[:3]} are not the dense tensors they should be."
+        )
     found: dict[str, Tensor] = {}
     for key, tensor in state.items():
         name = key

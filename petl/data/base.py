@@ -112,6 +112,7 @@ class DataModule(L.LightningDataModule):
     mode = "resize"  # see `evaluation_transform`
     interpolation: str | None = None  # None = the backbone's
     test_split = "test"  # what `test` and `predict` evaluate
+    group = 1  # training samples in a row that stay together in a batch
 
     def __init__(
         self,
@@ -198,7 +199,7 @@ class DataModule(L.LightningDataModule):
             raise PetlError(f"{self.name} has no train split; call setup('fit') before train_dataloader().")
         world, rank = self._world()
         data = KeyedDataset(self.splits["train"], self.transform(training=True), self.seed)
-        sampler = TrainSampler(data, self.batch_size, world, rank, self.seed)
+        sampler = TrainSampler(data, self.batch_size, world, rank, self.seed, self.group)
         limit = self.trainer.limit_train_batches if self.trainer else 1.0
         return ResumableLoader(data, sampler, self.num_workers, torch.cuda.is_available(), limit)
 

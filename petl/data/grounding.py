@@ -2,11 +2,13 @@
 
 A batch holds ``image`` (B, 3, S, S) normalised, zeros in the padding; ``mask`` (B, S, S), True on the picture; ``box``
 (B, 4), cxcywh in [0, 1] of the padded canvas; ``expression``, a list of lower-cased strings, left and right swapped
-where the picture was mirrored; ``index`` (B,). Tokenising is the task's.
+where the picture was mirrored; ``index`` (B,). Without augmentation also ``picture`` (B,), a number of the picture, so
+that one with several expressions is encoded once. Tokenising is the task's.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +72,7 @@ class _Evaluation:
         phrase = sample.expression.lower()
         return {
             "image": boxed.image, "mask": boxed.mask, "box": boxed.to_canvas(sample.corners), "expression": phrase,
+            "picture": zlib.crc32(sample.name.encode()),
         }  # fmt: skip
 
 

@@ -41,11 +41,12 @@ class TrainSampler(DistributedSampler):
         global_batch: samples per step over all processes, B.
         world, rank: number of processes, and which of them this is.
         seed: of the order.
+        group: this many samples in a row stay together, in order.
 
     Raises `PetlError` if B is not a multiple of ``world``, or if ``data`` is smaller than one batch.
     """
 
-    def __init__(self, data: Sized, global_batch: int, world: int, rank: int, seed: int) -> None:
+    def __init__(self, data: Sized, global_batch: int, world: int, rank: int, seed: int, group: int = 1) -> None:
         if global_batch < 1 or global_batch % world:
             low = max(world, global_batch // world * world)
             raise PetlError(
@@ -58,14 +59,15 @@ class TrainSampler(DistributedSampler):
                 f"use a batch_size of at most {len(data) // world * world}."
             )
         super().__init__(data, num_replicas=world, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
-        self.count, self.global_batch = len(data), global_batch
+        self.count, self.global_batch, self.group = len(data), global_batch, group
         self.skip = 0  # batches left out at the start of the next pass, once
         self.ahead = 0  # `set_epoch` counts this many epochs too many (see `ResumableLoader`)
 
     def __iter__(self) -> Iterator[Any]:
         skip, self.skip = self.skip, 0
         epoch, part = self.epoch - self.ahead, self.global_batch // self.num_replicas
-        indices = order(self.count, self.seed, epoch)
+        blocks = order(-(-self.count // self.group), self.seed, epoch)
+        indices = [i for b in blocks for i in range(b * self.group, min((b + 1) * self.group, self.count))]
         for batch in range(skip, self.count // self.global_batch):
             start = batch * self.global_batch + self.rank * part
             for index in indices[start : start + part]:

@@ -260,12 +260,12 @@ def choose(found: list[Expression], count: int, rng: np.random.Generator) -> lis
     return [e for turn in zip_longest(*kinds.values()) for e in turn if e is not None][:count]
 
 
-def references(first: int, count: int, size: int) -> list[Reference]:
-    """``count`` samples of the first scene from this seed on that has two objects and as many expressions."""
+def references(first: int, count: int, size: int, things: tuple[int, int]) -> list[Reference]:
+    """``count`` samples of the first scene from this seed on that has so many objects, and expressions enough."""
     for seed in range(first, first + _TRIES):
-        scene = make_scene(seed, size)
+        scene = make_scene(seed, size, things[1])
         found = expressions(scene)
-        if len(scene.things) > 1 and len(found) >= count:
+        if len(scene.things) >= things[0] and len(found) >= count:
             break
     samples = []
     for e in choose(found, count, np.random.default_rng([VERSION, seed, 1])):
@@ -279,28 +279,33 @@ def references(first: int, count: int, size: int) -> list[Reference]:
 class FreshScenes(References):
     """Training scenes that are new in every epoch; ``samples`` are those of the first."""
 
-    def __init__(self, seed: int, scenes: int, count: int, size: int) -> None:
-        self.seed, self.count, self.size = seed, count, size
-        super().__init__(r for n in range(scenes) for r in references(seed_of("train", seed, 0, n), count, size))
+    def __init__(self, seed: int, scenes: int, count: int, size: int, things: tuple[int, int]) -> None:
+        self.seed, self.count, self.size, self.things = seed, count, size, things
+        super().__init__(r for n in range(scenes) for r in self._scene(0, n))
+
+    def _scene(self, epoch: int, number: int) -> list[Reference]:
+        return references(seed_of("train", self.seed, epoch, number), self.count, self.size, self.things)
 
     def at(self, epoch: int, index: int) -> Reference:
         if epoch == 0:
             return self.samples[index]
         number, slot = divmod(index, self.count)
-        return references(seed_of("train", self.seed, epoch, number), self.count, self.size)[slot]
+        return self._scene(epoch, number)[slot]
 
 
 class Scenes(GroundingDataModule):
     """Generated scenes with referring expressions: attributes, extremes, ordinals and relations. No files.
 
-    Every scene has at least two objects, and every expression fits exactly one. Scenes of training, validation, test
-    and of the bundled backbone's pre-training are all different; validation and test are the same for every seed.
+    Every expression fits exactly one object. Scenes of validation and test have at least two objects; some of training
+    have one, which teaches to find things before it teaches to tell them apart. Scenes of training, validation, test,
+    and of the pre-training of the bundled backbone are all different; validation and test are the same for every seed.
 
     Args:
         train_size: training scenes; there are ``expressions_per_scene`` times as many samples.
         val_size: validation scenes.
         test_size: test scenes.
         expressions_per_scene: samples drawn from each scene, mixed in kind; 1 to 6.
+        max_things: objects in a scene at most, 2 or more.
         fresh: new training scenes in every epoch; False = the same ones.
         scene_size: side of the generated pictures in pixels; they are scaled to the input.
         test_split: what `test` evaluates: "test" or "val".
@@ -322,6 +327,7 @@ class Scenes(GroundingDataModule):
         val_size: int = 250,
         test_size: int = 500,
         expressions_per_scene: int = 2,
+        max_things: int = 4,
         fresh: bool = False,
         scene_size: int = 64,
         test_split: str = "test",
@@ -344,22 +350,26 @@ class Scenes(GroundingDataModule):
         if test_split not in ("val", "test"):
             raise PetlError(f"Scenes(test_split={test_split!r}): {nearest(test_split, ('val', 'test'))}")
         self.sizes, self.scene_size = {"train": train_size, "val": val_size, "test": test_size}, scene_size
-        self.expressions_per_scene, self.fresh = expressions_per_scene, fresh
+        self.expressions_per_scene, self.max_things, self.fresh = expressions_per_scene, max_things, fresh
+        self.group = 1 if augmentation else expressions_per_scene  # so that a scene is encoded once for all of them
         if train_size < 1 or min(self.sizes.values()) < 0:
             raise PetlError(f"Scenes: sizes {self.sizes} must not be negative, and there is something to train on.")
         if not 1 <= expressions_per_scene <= _MOST:
             raise PetlError(f"Scenes(expressions_per_scene={expressions_per_scene}): it is 1 to {_MOST}.")
+        if max_things < 2:
+            raise PetlError(f"Scenes(max_things={max_things}): with fewer than two there is nothing to tell apart.")
         if scene_size < 32:
             raise PetlError(f"Scenes(scene_size={scene_size}): shapes can be told apart from 32 pixels on.")
 
     def read(self) -> None:
         count, size = self.expressions_per_scene, self.scene_size
         for split, scenes in self.sizes.items():
+            things = (1 if split == "train" else 2, self.max_things)
             if split == "train" and self.fresh:
-                self.splits[split] = FreshScenes(self.seed, scenes, count, size)
+                self.splits[split] = FreshScenes(self.seed, scenes, count, size, things)
             elif scenes:
                 seeds = (seed_of(split, self.seed, 0, n) for n in range(scenes))
-                self.splits[split] = References(r for first in seeds for r in references(first, count, size))
+                self.splits[split] = References(r for first in seeds for r in references(first, count, size, things))
             else:
                 continue
             new = ", new in every epoch" if split == "train" and self.fresh else ""

@@ -112,7 +112,7 @@ def attach(model: nn.Module, method: Method) -> nn.Module:
         works = f"it works on {', '.join(method.backbones)}" if method.backbones else "it needs a petl.GroundingModel"
         raise PetlError(f"{method.name!r} does not work on a lone {view.family}; {works}.")
     module = method.build(view)
-    install(model, module)
+    _install(*_plan(module))
     for _, head in view.head_modules():
         head.requires_grad_(True)
     model.add_module("petl", module)
@@ -131,10 +131,9 @@ def attach_pair(vision: nn.Module, text: nn.Module, method: Method) -> PairModul
             works = f"works on {', '.join(method.towers)}" if method.towers else "is for image classifiers"
             raise PetlError(f"{method.name!r} does not work on {view.family} as half of a pair; it {works}.")
     pair = method.build_pair(*views)
-    for tower in (pair.vision, pair.text):
-        [tower.view.block_view(b) for b in tower.view.block_modules() if tower.changes_blocks]  # raises before changes
-    for tower in (pair.vision, pair.text):
-        install(tower.view.model, tower)
+    plans = [_plan(tower) for tower in (pair.vision, pair.text)]  # whatever is wrong with either shows before a change
+    for plan in plans:
+        _install(*plan)
     if pair.shared is not None:
         pair.shared.to(next(vision.parameters()).device)
     return pair
@@ -148,11 +147,19 @@ def _free(model: nn.Module) -> nn.Module:
     return model
 
 
-def install(model: nn.Module, module: TowerModule) -> None:
-    """Freeze ``model`` and let ``module`` run its blocks; `take_off` undoes it."""
+def _plan(module: TowerModule) -> tuple[TowerModule, list[BlockView]]:
+    """The views of the blocks that ``module`` will run. Raises `PetlError` where it cannot; changes nothing."""
     view = module.view
     blocks = [view.block_view(b) for b in view.block_modules()] if module.changes_blocks else []
+    if any(isinstance(getattr(b.__dict__.get("forward"), "__self__", None), _Site) for b in view.block_modules()):
+        raise PetlError(f"a method is attached to the blocks of this {view.family} already; detach it first.")
     module.identity = identify(view)
+    return module, blocks
+
+
+def _install(module: TowerModule, blocks: list[BlockView]) -> None:
+    """Freeze the model and let ``module`` run its blocks; `remove` undoes it."""
+    view, model = module.view, module.view.model
     module.to(next(model.parameters()).device)  # trained tensors stay fp32, whatever the dtype of the backbone
     module.run = run = Pass(module)
     module._before = ([p.requires_grad for p in model.parameters()], {n: m.training for n, m in model.named_modules()})

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from petl.backbones.base import BlockView, Call, ImageEncoder, TextEncoder
 from petl.methods.base import PairModule, register
@@ -50,8 +51,14 @@ class M2ISTTower(PairTower):
         j = self.pair_of.get(index)
         if j is None:
             return out, state
+        if self.training and torch.is_grad_enabled():  # keep the taps alone for backward: the bottlenecks are cheap
+            return out, state + checkpoint(self.experts, j, a, f, use_reentrant=False, preserve_rng_state=False)
+        return out, state + self.experts(j, a, f)
+
+    def experts(self, j: int, a: Tensor, f: Tensor) -> Tensor:
+        """What pair ``j`` adds to the stream: interaction expert on A, vision or language expert on F."""
         adapter: PairAdapter = self.adapters[j]  # type: ignore[assignment]
-        return out, state + adapter.interactive(a, self.shared[j]) + adapter.unimodal(f)
+        return adapter.interactive(a, self.shared[j]) + adapter.unimodal(f)
 
     def output(self, h: Tensor, state: Any) -> Tensor:
         return h.detach() + state

@@ -30,6 +30,7 @@ class GroundingModel(nn.Module):
         fusion_heads: attention heads of it.
         fusion_hidden: inner width of its FFN.
         dropout: dropout inside it.
+        positions: its position codes: "learned", as published, or "sine" (see `petl.nn.fusion.GroundingHead`).
 
     Raises:
         PetlError: encoders that petl does not know, sizes that do not fit, or a method that does not.
@@ -47,6 +48,7 @@ class GroundingModel(nn.Module):
         fusion_heads: int = 8,
         fusion_hidden: int = 2048,
         dropout: float = 0.1,
+        positions: str = "learned",
     ) -> None:
         super().__init__()
         vision = load_backbone(vision) if isinstance(vision, str) else _without_decoder(vision)
@@ -64,11 +66,11 @@ class GroundingModel(nn.Module):
                 f"query_length={query_length}: it lies between 3 (start, a word, end) and the "
                 f"{self.text_view.max_length} positions of the text encoder."
             )
-        rows, columns = self.vision_view.grid((3, self.image_size, self.image_size))
-        widths = self.vision_view.width, self.text_view.width
+        grid = self.vision_view.grid((3, self.image_size, self.image_size))
         self.head = GroundingHead(
-            *widths, rows * columns, query_length, fusion_dim, fusion_layers, fusion_heads, fusion_hidden, dropout
-        )
+            self.vision_view.width, self.text_view.width, grid, query_length, fusion_dim, fusion_layers, fusion_heads,
+            fusion_hidden, dropout, positions,
+        )  # fmt: skip
         self.petl: PairModule = attach_pair(vision, text, method or LinearProbe())
         self.vision, self.text = vision, text
         self.head.to(next(vision.parameters()).device)
@@ -82,7 +84,14 @@ class GroundingModel(nn.Module):
     def checkpointing(self, value: bool) -> None:
         self.head.checkpointing = self.petl.vision.checkpointing = self.petl.text.checkpointing = value
 
-    def forward(self, pixel_values: Tensor, pixel_mask: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image_index: Tensor | None = None,
+    ) -> Tensor:
         """Boxes (B, 4), cxcywh in [0, 1] of the padded canvas, fp32.
 
         Args:
@@ -90,9 +99,13 @@ class GroundingModel(nn.Module):
             pixel_mask: (B, S, S), 1 on the picture and 0 on padding.
             input_ids: (B, L) with L = query_length.
             attention_mask: (B, L), 1 on words and 0 on padding.
+            image_index: (B,), which image each expression is about, where images have several: each is encoded once.
         """
         visual, text = self.encode(pixel_values, pixel_mask, input_ids, attention_mask)
-        return self.head(visual, self.vision_view.token_mask(pixel_mask), text, attention_mask)
+        seen = self.vision_view.token_mask(pixel_mask)
+        if image_index is not None:
+            visual, seen = visual[image_index], seen[image_index]
+        return self.head(visual, seen, text, attention_mask)
 
     def encode(
         self, pixel_values: Tensor, pixel_mask: Tensor, input_ids: Tensor, attention_mask: Tensor
@@ -102,6 +115,10 @@ class GroundingModel(nn.Module):
         visual = _output(pair and pair.vision, self.vision_view.encode(pixel_values, pixel_mask))
         text = _output(pair and pair.text, self.text_view.encode(input_ids, attention_mask))
         return visual[:, self.vision_view.prefix_tokens :], text
+
+    def describe(self) -> dict[str, Any]:
+        """The sizes of the model beside its encoders, as JSON values."""
+        return {"kind": "grounding", "image_size": self.image_size, **self.head.sizes}
 
     def example(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inputs of ``count`` blank samples."""

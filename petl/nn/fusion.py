@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import MLP
 
-from petl.errors import PetlError
+from petl.errors import PetlError, nearest
+
+POSITIONS = ("learned", "sine")
+
+
+def sine_codes(grid: tuple[int, int], width: int) -> Tensor:
+    """2-D sine codes (rows · columns, width) of a grid, DETR's with the temperature of DAB-DETR (2201.12329)."""
+    rows, columns = ((torch.arange(n) + 0.5) / n * 2 * math.pi for n in grid)
+    frequency = 20.0 ** -(torch.arange(-(-width // 4)) / (width / 4))
+    along = [(x[:, None] * frequency)[..., None] for x in (rows, columns)]  # (n, width / 4, 1)
+    y, x = (torch.cat([a.sin(), a.cos()], -1).flatten(1) for a in along)
+    codes = torch.cat([y[:, None].expand(-1, grid[1], -1), x[None].expand(grid[0], -1, -1)], -1)
+    return codes.flatten(0, 1)[:, :width]
 
 
 class FusionLayer(nn.Module):
@@ -20,16 +32,14 @@ class FusionLayer(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.query_key, self.value, self.out = (
-            nn.Linear(width, 2 * width),
-            nn.Linear(width, width),
-            nn.Linear(width, width),
-        )
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
-    def forward(self, z: Tensor, position: Tensor, mask: Tensor) -> Tensor:
-        parts = (*self.query_key(z + position).chunk(2, -1), self.value(z))
+    def forward(self, z: Tensor, position: Tensor, mask: Tensor, rows: int | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D), or only the first ``rows`` tokens of it where no other will be read."""
+        x, kept = z + position, z[:, :rows]
+        parts = self.query(x[:, :rows]), self.key(x), self.value(z)
         query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in parts)  # (B, H, N, D / H)
         p = self.dropout if self.training else 0.0
         attend = partial(F.scaled_dot_product_attention, attn_mask=mask[:, None, None], dropout_p=p)
@@ -37,9 +47,9 @@ class FusionLayer(nn.Module):
             attended = checkpoint(attend, query, key, value, use_reentrant=False)
         else:
             attended = attend(query, key, value)
-        z = self.norm1(z + F.dropout(self.out(attended.transpose(1, 2).flatten(2)), p))
-        hidden = F.relu(F.dropout(self.fc1(z), p))  # in this order one tensor is kept for backward, not two; same value
-        return self.norm2(z + F.dropout(self.fc2(hidden), p))
+        y = self.norm1(kept + F.dropout(self.out(attended.transpose(1, 2).flatten(2)), p))
+        hidden = F.relu(F.dropout(self.fc1(y), p))  # in this order one tensor is kept for backward, not two; same value
+        return self.norm2(y + F.dropout(self.fc2(hidden), p))
 
 
 class GroundingHead(nn.Module):
@@ -47,36 +57,45 @@ class GroundingHead(nn.Module):
 
     Args:
         vision_width, text_width: channels of the two encoders.
-        visual_tokens: visual tokens N_v of an image; one learned position each.
+        grid: rows and columns of visual tokens, N_v in all; one learned position each.
         query_length: text tokens L; one learned position each.
         fusion_dim, fusion_layers, fusion_heads, fusion_hidden: size of the encoder.
         dropout: in attention, FFN and residual branches of the encoder.
+        positions: "learned" as published: random at the start, and added to queries and keys alone. "sine": the rows of
+            visual tokens start as 2-D sine codes, and positions are added to the tokens too; for image encoders whose
+            tokens hardly say where they are (classifiers, CLIP).
     """
 
     def __init__(
         self,
         vision_width: int,
         text_width: int,
-        visual_tokens: int,
+        grid: tuple[int, int],
         query_length: int = 20,
         fusion_dim: int = 256,
         fusion_layers: int = 6,
         fusion_heads: int = 8,
         fusion_hidden: int = 2048,
         dropout: float = 0.1,
+        positions: str = "learned",
     ) -> None:
         super().__init__()
+        if positions not in POSITIONS:
+            raise PetlError(f"positions={positions!r}: {nearest(positions, POSITIONS)}")
         if fusion_dim % fusion_heads:
             raise PetlError(f"fusion_dim {fusion_dim} does not divide into fusion_heads {fusion_heads}.")
         self.sizes = {
-            "vision_width": vision_width, "text_width": text_width, "visual_tokens": visual_tokens,
+            "vision_width": vision_width, "text_width": text_width, "grid": list(grid),
             "query_length": query_length, "fusion_dim": fusion_dim, "fusion_layers": fusion_layers,
-            "fusion_heads": fusion_heads, "fusion_hidden": fusion_hidden, "dropout": dropout,
+            "fusion_heads": fusion_heads, "fusion_hidden": fusion_hidden, "dropout": dropout, "positions": positions,
         }  # fmt: skip
-        self.visual_tokens, self.query_length = visual_tokens, query_length
+        self.visual_tokens, self.query_length, self.positions = grid[0] * grid[1], query_length, positions
         self.visual_projection, self.text_projection = (nn.Linear(w, fusion_dim) for w in (vision_width, text_width))
         self.reg_token = nn.Embedding(1, fusion_dim)
-        self.position = nn.Embedding(1 + query_length + visual_tokens, fusion_dim)
+        self.position = nn.Embedding(1 + query_length + grid[0] * grid[1], fusion_dim)
+        if positions == "sine":
+            with torch.no_grad():
+                self.position.weight[1 + query_length :] = sine_codes(grid, fusion_dim)
         self.layers = nn.ModuleList(
             FusionLayer(fusion_dim, fusion_heads, fusion_hidden, dropout) for _ in range(fusion_layers)
         )
@@ -102,12 +121,13 @@ class GroundingHead(nn.Module):
         reg = self.reg_token.weight[None].expand(len(visual), -1, -1)
         z = torch.cat([reg, self.text_projection(text.to(dtype)), self.visual_projection(visual.to(dtype))], 1)
         seen = F.pad(torch.cat([text_mask, visual_mask], 1).bool(), (1, 0), value=True)  # [REG] is never masked
-        for layer in self.layers:
+        position = self.position.weight
+        if self.positions == "sine":
+            z = z + position
+        for i, layer in enumerate(self.layers, 1):
+            rows = 1 if i == len(self.layers) else None  # the box is read from [REG] alone
             if self.checkpointing and self.training:
-                z = checkpoint(layer, z, self.position.weight, seen, use_reentrant=False)
+                z = checkpoint(layer, z, position, seen, rows, use_reentrant=False)
             else:
-                z = layer(z, self.position.weight, seen)
+                z = layer(z, position, seen, rows)
         return self.box(z[:, 0]).float().sigmoid()
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "grounding", **self.sizes}

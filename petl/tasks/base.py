@@ -93,11 +93,15 @@ class FrozenTask(L.LightningModule):
         Not `Trainer.estimated_stepping_batches` for petl's data: asking it here makes Lightning build the loaders
         before it restores their state, which then never happens.
         """
-        trainer = self.trainer
-        per_epoch = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
+        trainer, per_epoch = self.trainer, self.steps_per_epoch()
         if trainer.max_steps > 0 or not trainer.max_epochs or trainer.max_epochs < 0 or per_epoch is None:
             return max(1, trainer.max_steps if trainer.max_steps > 0 else int(trainer.estimated_stepping_batches))
-        return max(1, math.ceil(per_epoch / trainer.accumulate_grad_batches) * trainer.max_epochs)
+        return max(1, per_epoch * trainer.max_epochs)
+
+    def steps_per_epoch(self) -> int | None:
+        """Optimiser steps of an epoch, None for data that is not petl's."""
+        batches = getattr(self.data, "steps_per_epoch", None)
+        return None if batches is None else math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     def decay_in_words(self) -> str:
         return f"cosine to {self.min_lr:g}"

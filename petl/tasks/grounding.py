@@ -38,6 +38,7 @@ class Grounding(FrozenTask):
         fusion_heads: attention heads of it.
         fusion_hidden: inner width of its FFN.
         dropout: dropout inside it.
+        positions: its position codes: "learned", as published, or "sine" (see `petl.nn.fusion.GroundingHead`).
         lr: peak learning rate of the vision-language part.
         method_lr: peak learning rate of the method's tensors, and of the encoders in full fine-tuning.
         weight_decay: decoupled weight decay, on all trained tensors.
@@ -66,6 +67,7 @@ class Grounding(FrozenTask):
         fusion_heads: int = 8,
         fusion_hidden: int = 2048,
         dropout: float = 0.1,
+        positions: str = "learned",
         lr: float = 1e-4,
         method_lr: float = 1e-5,
         weight_decay: float = 1e-4,
@@ -85,6 +87,8 @@ class Grounding(FrozenTask):
         self.vision_args, self.vision_weights = dict(vision_args or {}), vision_weights
         if isinstance(vision, str):
             vision = load_backbone(vision, vision_args, vision_weights, pretrained)
+        elif vision_weights or vision_args:
+            raise PetlError("Grounding(vision=model): vision_args and vision_weights are for an encoder given by name.")
         self.tokenizer = tokenizer
         if isinstance(text, str):
             text, self.tokenizer = load_text_encoder(text, pretrained)
@@ -94,7 +98,7 @@ class Grounding(FrozenTask):
             torch.manual_seed(self.seed)
             self.model: GroundingModel = GroundingModel(
                 vision, text, method, image_size, query_length, fusion_dim, fusion_layers, fusion_heads, fusion_hidden,
-                dropout,
+                dropout, positions,
             )  # fmt: skip
         self.model.checkpointing = checkpointing
         self.metrics = nn.ModuleDict({f"{s}_{m}": MeanMetric() for s in ("val", "test") for m in ("acc", "iou")})
@@ -119,7 +123,13 @@ class Grounding(FrozenTask):
         if not phrases:
             return []
         ids = self.tokenizer(phrases, truncation=False)["input_ids"]
-        length, unknown = self.model.head.query_length, self.tokenizer.unk_token_id
+        length, tokenizer = self.model.head.query_length, self.tokenizer
+        special = {
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+            tokenizer.bos_token_id,
+        }  # CLIP's unknown word is its end
+        unknown = None if tokenizer.unk_token_id in special else tokenizer.unk_token_id
         cut = sum(len(i) > length for i in ids)
         lost, words = sum(i.count(unknown) for i in ids), sum(map(len, ids)) - 2 * len(ids)
         found = []
@@ -134,14 +144,15 @@ class Grounding(FrozenTask):
     @property
     def leak(self) -> str:
         """Whether the image encoder may have been trained on the pictures it is evaluated on."""
-        if getattr(self.data, "image_source", None) != "coco" or self.model.vision_view.family != "detr":
+        coco = getattr(self.data, "image_source", None) == "coco" and self.model.vision_view.family == "detr"
+        if not coco or not self.pretrained:
             return "none known"
         if self.vision_weights:
             return f"unknown: only if {Path(self.vision_weights).name} was trained without the val and test images"
         return f"yes: {self.names['vision'] or 'DETR'} was trained on COCO, val and test images included"
 
     def _leaks(self) -> list[str]:
-        if self.leak == "none known" or not self.pretrained:
+        if self.leak == "none known":
             return []
         advice = "Use weights trained without them (vision_weights) for numbers that count."
         return [f"image encoder and data share pictures: {self.leak}. {advice}"]
@@ -151,9 +162,15 @@ class Grounding(FrozenTask):
     def boxes(self, batch: dict[str, Any]) -> Tensor:
         """Predicted boxes (B, 4) of a batch, cxcywh in [0, 1] of the canvas."""
         ids, mask = tokenize(self.tokenizer, batch["expression"], self.model.head.query_length)
-        return self.model(batch["image"], batch["mask"], ids.to(self.device), mask.to(self.device))
+        images, masks, which = batch["image"], batch["mask"], None
+        if "picture" in batch:  # expressions about one picture follow each other: encode it once
+            _, which, counts = batch["picture"].unique_consecutive(return_inverse=True, return_counts=True)
+            first = counts.cumsum(0) - counts
+            images, masks = images[first], masks[first]
+        return self.model(images, masks, ids.to(self.device), mask.to(self.device), which)
 
-    def loss(self, predicted: Tensor, truth: Tensor) -> Tensor:
+    @staticmethod
+    def loss(predicted: Tensor, truth: Tensor) -> Tensor:
         """L1 over the four normalised values plus 1 - GIoU, both averaged over boxes, in fp32."""
         with torch.autocast(predicted.device.type, enabled=False):
             predicted, truth = predicted.float(), truth.float()
@@ -202,7 +219,8 @@ class Grounding(FrozenTask):
     def decay(self, step: int, warmup: int, total: int) -> float:
         if self.lr_drop is None:
             return super().decay(step, warmup, total)
-        return 1.0 if step < total * self.lr_drop / (self.trainer.max_epochs or 1) else 0.1
+        per_epoch = self.steps_per_epoch() or total / max(1, self.trainer.max_epochs or 1)
+        return 1.0 if step < self.lr_drop * per_epoch else 0.1
 
     def decay_in_words(self) -> str:
         return super().decay_in_words() if self.lr_drop is None else f"divided by 10 after epoch {self.lr_drop}"
