@@ -1,4 +1,4 @@
-"""petl: parameter-efficient transfer learning on frozen vision backbones.
+"""petl: parameter-efficient transfer learning on frozen vision and vision-language backbones.
 
 Nothing heavy is imported before it is used: ``import petl`` and ``petl --help`` load neither torch nor timm.
 """

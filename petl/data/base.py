@@ -173,7 +173,8 @@ class DataModule(L.LightningDataModule):
             raise PetlError(f"{self.name}: {len(problems)} problems in the data:\n  {listed}{more}")
         if used[0] not in self.splits:
             there = ", ".join(f"{s} ({n})" for s, n in self.split_names.items())
-            raise PetlError(f"{self.name} has no {used[0]} split, which {stage!r} uses; it has: {there or 'none'}.")
+            verb = getattr(stage, "value", stage)  # Lightning passes an enum
+            raise PetlError(f"{self.name} has no {used[0]} split, which '{verb}' uses; it has: {there or 'none'}.")
 
     def _preprocessing(self) -> dict[str, Any]:
         weights: dict[str, Any] = getattr(getattr(self.trainer, "lightning_module", None), "preprocessing", None) or {}

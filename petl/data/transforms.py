@@ -38,6 +38,8 @@ def record_values(
         mean, std = ([float(v) for v in preprocessing[k]] for k in ("mean", "std"))
     except (KeyError, TypeError, ValueError) as error:
         raise PetlError(f"preprocessing record is not usable: {type(error).__name__}: {error}") from error
+    if min(std) <= 0:
+        raise PetlError(f"preprocessing divides by std {std}: its values are above 0.")
     return size, interpolation, mean, std
 
 

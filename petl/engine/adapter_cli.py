@@ -10,6 +10,8 @@ from typing import Any
 
 from petl.errors import PetlError
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+
 
 def info(args: Sequence[str]) -> None:
     """Print what an adapter is, what it was trained on, and whether its files are intact."""
@@ -53,6 +55,14 @@ def _encoder(record: dict[str, Any]) -> str:
     return f"{record['name'] or 'not named'}, {record['parameters']:,} parameters, weights {weights}"
 
 
+def _picture(name: str) -> Path:
+    """A file that a picture can be written to."""
+    file = Path(name)
+    if file.suffix.lower() not in PICTURES or file.is_dir():
+        raise PetlError(f"--out {name}: a picture is a file that ends in {', '.join(PICTURES)}.")
+    return file
+
+
 def ground(args: Sequence[str]) -> None:
     """Print the box that an expression refers to, and draw it."""
     parser = argparse.ArgumentParser("petl ground", description="Find what an expression refers to in an image.")
@@ -62,7 +72,7 @@ def ground(args: Sequence[str]) -> None:
         "expression", nargs="+", help='what to look for, e.g. "the red bus on the left"; several in turn'
     )
     parser.add_argument("--weights", type=Path, help="image encoder weights, where they came from a local file")
-    parser.add_argument("--out", type=Path, default=Path("grounded.png"), help="picture to write")
+    parser.add_argument("--out", type=_picture, default=Path("grounded.png"), help="picture to write")
     given = parser.parse_args(args)
     import torch
     from torchvision.ops import box_convert
@@ -98,7 +108,7 @@ def classify(args: Sequence[str]) -> None:
     parser.add_argument("images", nargs="+", type=Path)
     parser.add_argument("--weights", type=Path, help="backbone weights, where the adapter was trained on a local file")
     parser.add_argument("--top", type=int, default=3, help="classes to print")
-    parser.add_argument("--out", type=Path, default=Path("classified.png"), help="picture to write")
+    parser.add_argument("--out", type=_picture, default=Path("classified.png"), help="picture to write")
     given = parser.parse_intermixed_args(list(args))
     missing = [str(p) for p in given.images if not p.is_file()]
     if missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import sys
 import warnings
 from argparse import ArgumentError
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from petl.engine.callbacks import LoadAdapter, Progress, Results, SaveAdapter
 from petl.engine.checkpoints import AtomicCheckpointIO, RunCheckpoint
@@ -68,19 +70,30 @@ class PetlCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         register_methods()
         sys.argv[1:] = args  # what Lightning starts the other processes of a DDP run with
-        super().__init__(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False, "overwrite": True},
-            parser_class=Parser,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            trainer_defaults={"max_epochs": 10, "enable_model_summary": False},
-        )
+        try:
+            super().__init__(
+                L.LightningModule,
+                L.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"save_to_log_dir": False, "overwrite": True},
+                parser_class=Parser,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                trainer_defaults={"max_epochs": 10, "enable_model_summary": False},
+            )
+        except PetlError:
+            self._leave_no_trace()
+            raise
+
+    def _leave_no_trace(self) -> None:
+        """Delete the run folder of a training that stopped at bad input before its first step."""
+        if getattr(self, "made", False) and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            run = Path(self.options.run_dir)
+            if not (run / "checkpoints").exists() and not (run / "adapter").exists():
+                shutil.rmtree(run, ignore_errors=True)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Everything this run writes goes here.")
@@ -100,6 +113,7 @@ class PetlCLI(LightningCLI):
         options = self.options
         run = Path(options.run_dir)
         stage = self.config["subcommand"]
+        self.made = stage == "fit" and not run.exists()  # by this run: see `_leave_no_trace`
         if options.select not in SELECT:
             raise PetlError(f"select is {options.select!r}: {nearest(options.select, SELECT)}")
         fresh = stage == "fit" and not options.get("ckpt_path") and rank_zero_only.rank == 0  # type: ignore[attr-defined]
@@ -164,5 +178,9 @@ def run(args: list[str]) -> PetlCLI:
         warnings.filterwarnings("ignore", text)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    with readable_errors(args):
-        return PetlCLI(args)
+    try:
+        with readable_errors(args):
+            return PetlCLI(args)
+    except SIGTERMException as end:  # a SystemExit with the code 0
+        print("petl: terminated. Continue a training with --ckpt_path last.", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from end

@@ -98,7 +98,7 @@ class PairModule(nn.Module):
     def first_gradient(self) -> tuple[str, str]:
         """The first point of the encoders that takes part in the backward pass, and why."""
         if self.trains_backbone:
-            return "second stage of the ResNet, embeddings", "every weight is trained that full fine-tuning trains"
+            return "first trained stage of each encoder", "every weight is trained that full fine-tuning trains"
         return "vision-language encoder", "nothing inside the encoders is trained"
 
 

@@ -82,6 +82,12 @@ class GroundingHead(nn.Module):
         super().__init__()
         if positions not in POSITIONS:
             raise PetlError(f"positions={positions!r}: {nearest(positions, POSITIONS)}")
+        sizes = {"fusion_dim": fusion_dim, "fusion_layers": fusion_layers, "fusion_heads": fusion_heads}
+        for name, value in (sizes | {"fusion_hidden": fusion_hidden}).items():
+            if value < 1:
+                raise PetlError(f"{name}={value}: it is at least 1.")
+        if not 0 <= dropout < 1:
+            raise PetlError(f"dropout={dropout}: it lies in [0, 1).")
         if fusion_dim % fusion_heads:
             raise PetlError(f"fusion_dim {fusion_dim} does not divide into fusion_heads {fusion_heads}.")
         self.sizes = {

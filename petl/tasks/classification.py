@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from petl.adapters.artefact import save
@@ -113,6 +114,7 @@ class Classification(FrozenTask):
                 if split != "train" or name == "acc"
             }
         )
+        self.losses = nn.ModuleDict({split: MeanMetric() for split in ("val", "test")})
         self.mix = None
         if self.mixup_alpha or self.cutmix_alpha:
             self.mix = Mixup(
@@ -147,8 +149,10 @@ class Classification(FrozenTask):
 
     def _evaluate(self, batch: dict[str, Any], split: str) -> None:
         logits = self.model(batch["image"]).float()
-        loss = F.cross_entropy(logits, batch["label"])
-        self.log(f"{split}/loss", loss, on_epoch=True, sync_dist=True, batch_size=len(logits))
+        # a metric, since Lightning's own mean over processes divides by a rounded number of samples
+        losses = cast(MeanMetric, self.losses[split])
+        losses.update(F.cross_entropy(logits, batch["label"], reduction="none"))
+        self.log(f"{split}/loss", losses, on_step=False, on_epoch=True)
         for name in AVERAGES:
             metric = self._accuracy(f"{split}_{name}")
             metric.update(logits, batch["label"])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchvision.ops import box_convert, generalized_box_iou_loss
@@ -101,7 +101,9 @@ class Grounding(FrozenTask):
                 dropout, positions,
             )  # fmt: skip
         self.model.checkpointing = checkpointing
-        self.metrics = nn.ModuleDict({f"{s}_{m}": MeanMetric() for s in ("val", "test") for m in ("acc", "iou")})
+        self.metrics = nn.ModuleDict(
+            {f"{s}_{m}": MeanMetric() for s in ("val", "test") for m in ("acc", "iou", "loss")}
+        )
 
     @property
     def method(self) -> Method:
@@ -113,10 +115,18 @@ class Grounding(FrozenTask):
         return self.model.vision_view.preprocessing | {"input_size": (3, self.model.image_size, self.model.image_size)}
 
     def setup(self, stage: str) -> None:
-        splits = getattr(self.data, "splits", {})
-        used = [s for s in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",)) if s in splits]
+        splits, evaluated = getattr(self.data, "splits", {}), getattr(self.data, "test_split", "test")
+        if splits and not hasattr(self.data, "expressions"):
+            raise PetlError(f"petl.Grounding needs expressions and boxes, which {self.data.name} does not have.")
+        given = (getattr(self.data, "preprocessing", None) or {}).get("image_size", [self.model.image_size] * 2)
+        if list(given) != [self.model.image_size] * 2:
+            raise PetlError(
+                f"the data has images of {given[0]} pixels, the model was built for {self.model.image_size}: set "
+                "model.image_size and leave data.image_size out."
+            )
+        used = [s for s in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (evaluated,)) if s in splits]
         for message in (*self._cut([p for s in used for p in self.data.expressions(s)]), *self._leaks()):
-            warnings.warn(message, UserWarning, stacklevel=2)
+            rank_zero_warn(message, category=UserWarning)
 
     def _cut(self, phrases: list[str]) -> list[str]:
         """What is lost of these expressions, in words."""
@@ -145,7 +155,7 @@ class Grounding(FrozenTask):
     def leak(self) -> str:
         """Whether the image encoder may have been trained on the pictures it is evaluated on."""
         coco = getattr(self.data, "image_source", None) == "coco" and self.model.vision_view.family == "detr"
-        if not coco or not self.pretrained:
+        if not coco or not (self.pretrained or self.vision_weights):
             return "none known"
         if self.vision_weights:
             return f"unknown: only if {Path(self.vision_weights).name} was trained without the val and test images"
@@ -190,10 +200,9 @@ class Grounding(FrozenTask):
 
     def _evaluate(self, batch: dict[str, Any], split: str) -> None:
         predicted = self.boxes(batch)
-        loss = self.loss(predicted, batch["box"])
-        self.log(f"{split}/loss", loss, on_epoch=True, sync_dist=True, batch_size=len(predicted))
-        iou = paired_iou(predicted, batch["box"])
-        for name, value in (("acc", (iou >= HIT).float()), ("iou", iou)):
+        loss, iou = self.loss(predicted, batch["box"]), paired_iou(predicted, batch["box"])
+        # the loss too is a metric: Lightning's own mean over processes divides by a rounded number of samples
+        for name, value in (("loss", loss.expand(len(iou))), ("acc", (iou >= HIT).float()), ("iou", iou)):
             metric = cast(MeanMetric, self.metrics[f"{split}_{name}"])
             metric.update(value)
             self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "acc")
