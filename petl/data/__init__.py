@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from petl.data.expressions import Expressions
     from petl.data.folder import ImageFolder
     from petl.data.refcoco import RefCOCO
-    from petl.data.scenes import Scenes
+    from petl.data.scene_data import Scenes
     from petl.data.vtab import VTAB
 
 _MODULES = {
@@ -18,7 +18,7 @@ _MODULES = {
     "Expressions": "petl.data.expressions",
     "ImageFolder": "petl.data.folder",
     "RefCOCO": "petl.data.refcoco",
-    "Scenes": "petl.data.scenes",
+    "Scenes": "petl.data.scene_data",
     "VTAB": "petl.data.vtab",
 }
 __all__ = ["VTAB", "Digits", "Expressions", "ImageFolder", "RefCOCO", "Scenes"]

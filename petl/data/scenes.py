@@ -1,4 +1,4 @@
-"""Generated scenes: coloured shapes with exact boxes, captions and referring expressions; the data set made of them.
+"""Generated scenes: coloured shapes with exact boxes, captions and referring expressions.
 
 A scene is a pure function of ``(seed, size)``: no file, no network, any number of them. `VERSION` changes
 whenever the same seed would give another picture or another sentence; it is recorded with everything trained on scenes.
@@ -8,15 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise, zip_longest
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw
-
-from petl.data.grounding import GroundingDataModule, Reference, References
-from petl.data.grounding_transforms import Augmentation
-from petl.errors import PetlError, nearest
 
 VERSION = 1
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart", "hexagon", "arrow")
@@ -30,8 +25,6 @@ TEXTURES = ("solid", "striped", "dotted")
 BACKGROUNDS = {"gray": (128, 128, 128), "sand": (205, 190, 150), "navy": (30, 40, 80), "mint": (180, 220, 200)}
 ORDINALS = ("first", "second", "third", "fourth")
 _SUPERSAMPLE = 4
-_TRIES = 32  # seeds for one place in a split: a quarter of the scenes hold one object, which says nothing
-_MOST = 6  # expressions of one scene; nearly every scene with two objects has as many
 
 
 @dataclass(frozen=True)
@@ -137,8 +130,12 @@ def _fill(texture: str, color: str, size: tuple[int, int]) -> Image.Image:
     return paint
 
 
-def make_scene(seed: int, size: int = 64, max_things: int = 4) -> Scene:
-    """The scene of ``seed``: an RGB picture of ``size`` x ``size`` pixels with 1 to ``max_things`` separate objects."""
+def make_scene(seed: int, size: int = 64, max_things: int = 4, zoom: float = 1.0, kinds: int = 10) -> Scene:
+    """The scene of ``seed``: an RGB picture of ``size`` x ``size`` pixels with 1 to ``max_things`` separate objects.
+
+    Small objects are about a fifth as wide as the picture, large ones two fifths, times ``zoom``. They take the first
+    ``kinds`` of `SHAPES` and `COLORS`.
+    """
     rng = np.random.default_rng([VERSION, seed])
     side = size * _SUPERSAMPLE
     background = str(rng.choice(list(BACKGROUNDS)))
@@ -147,12 +144,12 @@ def make_scene(seed: int, size: int = 64, max_things: int = 4) -> Scene:
     placed: list[tuple[int, int, int, int]] = []
     things: list[Thing] = []
     # half of the scenes repeat one or two shapes, so that ordinals and relations are needed to tell things apart
-    shapes = rng.choice(SHAPES, 2, replace=False) if rng.random() < 0.5 else np.array(SHAPES)
+    shapes = rng.choice(SHAPES[:kinds], 2, replace=False) if rng.random() < 0.5 else np.array(SHAPES[:kinds])
     for _ in range(int(rng.integers(1, max_things + 1))):
-        shape, color = str(rng.choice(shapes)), str(rng.choice(list(COLORS)))
+        shape, color = str(rng.choice(shapes)), str(rng.choice(list(COLORS)[:kinds]))
         thing_size, texture = str(rng.choice(SIZES)), str(rng.choice(TEXTURES, p=(0.6, 0.2, 0.2)))
         share = rng.uniform(0.17, 0.23) if thing_size == "small" else rng.uniform(0.34, 0.42)
-        mask = _stencil(shape, share * side)
+        mask = _stencil(shape, share * zoom * side)
         w, h = mask.size
         for _ in range(30):  # a free place, or this object is left out
             x, y = int(rng.integers(1, side - w)), int(rng.integers(1, side - h))
@@ -240,140 +237,3 @@ def _noun_phrases(thing: Thing) -> list[str]:
 def _fits(things: tuple[Thing, ...], phrase: str) -> list[int]:
     words = set(phrase.split())
     return [i for i, t in enumerate(things) if words <= {t.shape, t.color, t.size, t.texture}]
-
-
-def seed_of(split: str, seed: int, epoch: int, number: int) -> int:
-    """First of the seeds for one place in a split: above all those of pre-training, and no two places share one.
-
-    Validation and test scenes do not depend on the seed of the run, so that runs compare on the same scenes.
-    """
-    kind = ("train", "val", "test").index(split) + 1
-    run = seed & 0xFFFFFFFF if split == "train" else 0
-    return (kind << 96) + (run << 64) + (epoch << 40) + number * _TRIES
-
-
-def choose(found: list[Expression], count: int, rng: np.random.Generator) -> list[Expression]:
-    """``count`` of the expressions: one of each kind in turn, kinds and expressions in random order."""
-    kinds: dict[str, list[Expression]] = {str(k): [] for k in rng.permutation(sorted({e.kind for e in found}))}
-    for i in rng.permutation(len(found)):
-        kinds[found[i].kind].append(found[i])
-    return [e for turn in zip_longest(*kinds.values()) for e in turn if e is not None][:count]
-
-
-def references(first: int, count: int, size: int, things: tuple[int, int]) -> list[Reference]:
-    """``count`` samples of the first scene from this seed on that has so many objects, and expressions enough."""
-    for seed in range(first, first + _TRIES):
-        scene = make_scene(seed, size, things[1])
-        found = expressions(scene)
-        if len(scene.things) >= things[0] and len(found) >= count:
-            break
-    samples = []
-    for e in choose(found, count, np.random.default_rng([VERSION, seed, 1])):
-        x0, y0, x1, y1 = scene.things[e.target].box
-        box = (x0, y0, x1 - x0, y1 - y0)
-        name = f"scene {VERSION} {seed}"
-        samples.append(Reference(scene.image, e.text, box, size, size, name, f"{name} {e.target}"))
-    return samples
-
-
-class FreshScenes(References):
-    """Training scenes that are new in every epoch; ``samples`` are those of the first."""
-
-    def __init__(self, seed: int, scenes: int, count: int, size: int, things: tuple[int, int]) -> None:
-        self.seed, self.count, self.size, self.things = seed, count, size, things
-        super().__init__(r for n in range(scenes) for r in self._scene(0, n))
-
-    def _scene(self, epoch: int, number: int) -> list[Reference]:
-        return references(seed_of("train", self.seed, epoch, number), self.count, self.size, self.things)
-
-    def at(self, epoch: int, index: int) -> Reference:
-        if epoch == 0:
-            return self.samples[index]
-        number, slot = divmod(index, self.count)
-        return self._scene(epoch, number)[slot]
-
-
-class Scenes(GroundingDataModule):
-    """Generated scenes with referring expressions: attributes, extremes, ordinals and relations. No files.
-
-    Every expression fits exactly one object. Scenes of validation and test have at least two objects; some of training
-    have one, which teaches to find things before it teaches to tell them apart. Scenes of training, validation, test,
-    and of the pre-training of the bundled backbone are all different; validation and test are the same for every seed.
-
-    Args:
-        train_size: training scenes; there are ``expressions_per_scene`` times as many samples.
-        val_size: validation scenes.
-        test_size: test scenes.
-        expressions_per_scene: samples drawn from each scene, mixed in kind; 1 to 6.
-        max_things: objects in a scene at most, 2 or more.
-        fresh: new training scenes in every epoch; False = the same ones.
-        scene_size: side of the generated pictures in pixels; they are scaled to the input.
-        test_split: what `test` evaluates: "test" or "val".
-        aug_crop, aug_scale, aug_translate, aug_flip, aug_color: see `petl.data.grounding_transforms.Augmentation`.
-        batch_size: expressions per step over all processes together.
-        num_workers: loader processes per device.
-        image_size: side of the input in pixels; None = the backbone's.
-        mean: normalisation; None = the backbone's.
-        std: normalisation; None = the backbone's.
-        seed: of training scenes, data order and augmentation.
-    """
-
-    name = "scenes"
-    image_source = "generated"
-
-    def __init__(
-        self,
-        train_size: int = 3000,
-        val_size: int = 250,
-        test_size: int = 500,
-        expressions_per_scene: int = 2,
-        max_things: int = 4,
-        fresh: bool = False,
-        scene_size: int = 64,
-        test_split: str = "test",
-        aug_crop: bool = False,
-        aug_scale: bool = False,
-        aug_translate: bool = False,
-        aug_flip: bool = False,
-        aug_color: bool = False,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        image_size: int | None = None,
-        mean: tuple[float, float, float] | None = None,
-        std: tuple[float, float, float] | None = None,
-        seed: int = 0,
-    ) -> None:
-        augmentation = Augmentation.of(aug_crop, aug_scale, aug_translate, aug_flip, aug_color)
-        super().__init__(
-            batch_size, num_workers, image_size, mean, std, seed, test_split=test_split, augmentation=augmentation
-        )
-        if test_split not in ("val", "test"):
-            raise PetlError(f"Scenes(test_split={test_split!r}): {nearest(test_split, ('val', 'test'))}")
-        self.sizes, self.scene_size = {"train": train_size, "val": val_size, "test": test_size}, scene_size
-        self.expressions_per_scene, self.max_things, self.fresh = expressions_per_scene, max_things, fresh
-        self.group = 1 if augmentation else expressions_per_scene  # so that a scene is encoded once for all of them
-        if train_size < 1 or min(self.sizes.values()) < 0:
-            raise PetlError(f"Scenes: sizes {self.sizes} must not be negative, and there is something to train on.")
-        if not 1 <= expressions_per_scene <= _MOST:
-            raise PetlError(f"Scenes(expressions_per_scene={expressions_per_scene}): it is 1 to {_MOST}.")
-        if max_things < 2:
-            raise PetlError(f"Scenes(max_things={max_things}): with fewer than two there is nothing to tell apart.")
-        if scene_size < 32:
-            raise PetlError(f"Scenes(scene_size={scene_size}): shapes can be told apart from 32 pixels on.")
-
-    def read(self) -> None:
-        count, size = self.expressions_per_scene, self.scene_size
-        for split, scenes in self.sizes.items():
-            things = (1 if split == "train" else 2, self.max_things)
-            if split == "train" and self.fresh:
-                self.splits[split] = FreshScenes(self.seed, scenes, count, size, things)
-            elif scenes:
-                seeds = (seed_of(split, self.seed, 0, n) for n in range(scenes))
-                self.splits[split] = References(r for first in seeds for r in references(first, count, size, things))
-            else:
-                continue
-            new = ", new in every epoch" if split == "train" and self.fresh else ""
-            self.split_names[split] = f"{scenes} generated scenes{new}"
-
-    def protocol(self) -> dict[str, Any]:
-        return super().protocol() | {"scenes_version": VERSION, "fresh": self.fresh}

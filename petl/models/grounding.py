@@ -31,6 +31,7 @@ class GroundingModel(nn.Module):
         fusion_hidden: inner width of its FFN.
         dropout: dropout inside it.
         positions: its position codes: "learned", as published, or "sine" (see `petl.nn.fusion.GroundingHead`).
+        norm_first: LayerNorm before attention and FFN instead of after, as published.
 
     Raises:
         PetlError: encoders that petl does not know, sizes that do not fit, or a method that does not.
@@ -49,6 +50,7 @@ class GroundingModel(nn.Module):
         fusion_hidden: int = 2048,
         dropout: float = 0.1,
         positions: str = "learned",
+        norm_first: bool = False,
     ) -> None:
         super().__init__()
         vision = load_backbone(vision) if isinstance(vision, str) else _without_decoder(vision)
@@ -69,7 +71,7 @@ class GroundingModel(nn.Module):
         grid = self.vision_view.grid((3, self.image_size, self.image_size))
         self.head = GroundingHead(
             self.vision_view.width, self.text_view.width, grid, query_length, fusion_dim, fusion_layers, fusion_heads,
-            fusion_hidden, dropout, positions,
+            fusion_hidden, dropout, positions, norm_first,
         )  # fmt: skip
         self.petl: PairModule = attach_pair(vision, text, method or LinearProbe())
         self.vision, self.text = vision, text

@@ -27,18 +27,19 @@ def sine_codes(grid: tuple[int, int], width: int) -> Tensor:
 
 
 class FusionLayer(nn.Module):
-    """Post-norm encoder layer; ``position`` (N, D) goes to queries and keys, not to values; ``mask`` is True = seen."""
+    """Encoder layer; ``position`` (N, D) goes to queries and keys, not to values; ``mask`` is True = seen."""
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float, norm_first: bool = False) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout, self.norm_first = heads, dropout, norm_first
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
-    def forward(self, z: Tensor, position: Tensor, mask: Tensor, rows: int | None = None) -> Tensor:
+    def forward(self, z: Tensor, position: Tensor | None, mask: Tensor, rows: int | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D), or only the first ``rows`` tokens of it where no other will be read."""
-        x, kept = z + position, z[:, :rows]
+        kept, z = z[:, :rows], self.norm1(z) if self.norm_first else z
+        x = z if position is None else z + position
         parts = self.query(x[:, :rows]), self.key(x), self.value(z)
         query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in parts)  # (B, H, N, D / H)
         p = self.dropout if self.training else 0.0
@@ -47,9 +48,15 @@ class FusionLayer(nn.Module):
             attended = checkpoint(attend, query, key, value, use_reentrant=False)
         else:
             attended = attend(query, key, value)
-        y = self.norm1(kept + F.dropout(self.out(attended.transpose(1, 2).flatten(2)), p))
+        y = kept + F.dropout(self.out(attended.transpose(1, 2).flatten(2)), p)
+        if self.norm_first:
+            return y + self.ffn(self.norm2(y), p)
+        y = self.norm1(y)
+        return self.norm2(y + self.ffn(y, p))
+
+    def ffn(self, y: Tensor, p: float) -> Tensor:
         hidden = F.relu(F.dropout(self.fc1(y), p))  # in this order one tensor is kept for backward, not two; same value
-        return self.norm2(y + F.dropout(self.fc2(hidden), p))
+        return F.dropout(self.fc2(hidden), p)
 
 
 class GroundingHead(nn.Module):
@@ -62,8 +69,9 @@ class GroundingHead(nn.Module):
         fusion_dim, fusion_layers, fusion_heads, fusion_hidden: size of the encoder.
         dropout: in attention, FFN and residual branches of the encoder.
         positions: "learned" as published: random at the start, and added to queries and keys alone. "sine": the rows of
-            visual tokens start as 2-D sine codes, and positions are added to the tokens too; for image encoders whose
-            tokens hardly say where they are (classifiers, CLIP).
+            visual tokens start as 2-D sine codes, and positions are added to the tokens, once; for image encoders
+            whose tokens hardly say where they are (classifiers, CLIP).
+        norm_first: LayerNorm before attention and FFN instead of after, and once more at the end; takes larger steps.
     """
 
     def __init__(
@@ -78,6 +86,7 @@ class GroundingHead(nn.Module):
         fusion_hidden: int = 2048,
         dropout: float = 0.1,
         positions: str = "learned",
+        norm_first: bool = False,
     ) -> None:
         super().__init__()
         if positions not in POSITIONS:
@@ -94,6 +103,7 @@ class GroundingHead(nn.Module):
             "vision_width": vision_width, "text_width": text_width, "grid": list(grid),
             "query_length": query_length, "fusion_dim": fusion_dim, "fusion_layers": fusion_layers,
             "fusion_heads": fusion_heads, "fusion_hidden": fusion_hidden, "dropout": dropout, "positions": positions,
+            "norm_first": norm_first,
         }  # fmt: skip
         self.visual_tokens, self.query_length, self.positions = grid[0] * grid[1], query_length, positions
         self.visual_projection, self.text_projection = (nn.Linear(w, fusion_dim) for w in (vision_width, text_width))
@@ -101,13 +111,15 @@ class GroundingHead(nn.Module):
         self.position = nn.Embedding(1 + query_length + grid[0] * grid[1], fusion_dim)
         if positions == "sine":
             with torch.no_grad():
-                self.position.weight[1 + query_length :] = sine_codes(grid, fusion_dim)
+                self.position.weight.mul_(0.02)  # words are told apart by what they are
+                self.position.weight[1 + query_length :] = 0.5 * sine_codes(grid, fusion_dim)
         self.layers = nn.ModuleList(
-            FusionLayer(fusion_dim, fusion_heads, fusion_hidden, dropout) for _ in range(fusion_layers)
+            FusionLayer(fusion_dim, fusion_heads, fusion_hidden, dropout, norm_first) for _ in range(fusion_layers)
         )
         for parameter in self.layers.parameters():
             if parameter.ndim > 1:
                 nn.init.xavier_uniform_(parameter)
+        self.norm = nn.LayerNorm(fusion_dim) if norm_first else nn.Identity()
         self.box = MLP(fusion_dim, [fusion_dim, fusion_dim, 4], inplace=None)
         self.checkpointing = False  # recompute each layer in the backward pass instead of keeping its activations
 
@@ -127,13 +139,12 @@ class GroundingHead(nn.Module):
         reg = self.reg_token.weight[None].expand(len(visual), -1, -1)
         z = torch.cat([reg, self.text_projection(text.to(dtype)), self.visual_projection(visual.to(dtype))], 1)
         seen = F.pad(torch.cat([text_mask, visual_mask], 1).bool(), (1, 0), value=True)  # [REG] is never masked
-        position = self.position.weight
-        if self.positions == "sine":
-            z = z + position
+        table = self.position.weight
+        z, position = (z + table, None) if self.positions == "sine" else (z, table)
         for i, layer in enumerate(self.layers, 1):
             rows = 1 if i == len(self.layers) else None  # the box is read from [REG] alone
             if self.checkpointing and self.training:
                 z = checkpoint(layer, z, position, seen, rows, use_reentrant=False)
             else:
                 z = layer(z, position, seen, rows)
-        return self.box(z[:, 0]).float().sigmoid()
+        return self.box(self.norm(z[:, 0])).float().sigmoid()

@@ -46,9 +46,13 @@ class TransVGLayer(nn.Module):
                 getattr(self.attention.out_proj, kind).copy_(getattr(layer.out, kind))
 
     def forward(self, z: Tensor, position: Tensor, padded: Tensor) -> Tensor:
-        q = k = z + position
-        z = self.layer.norm1(z + self.attention(q, k, z, key_padding_mask=padded, need_weights=True)[0])
-        return self.layer.norm2(z + self.layer.fc2(F.relu(self.layer.fc1(z))))
+        layer, n = self.layer, self.layer.norm1(z) if self.layer.norm_first else z
+        q = k = n + position
+        z = z + self.attention(q, k, n, key_padding_mask=padded, need_weights=True)[0]
+        if layer.norm_first:
+            return z + layer.fc2(F.relu(layer.fc1(layer.norm2(z))))
+        z = layer.norm1(z)
+        return layer.norm2(z + layer.fc2(F.relu(layer.fc1(z))))
 
 
 def transvg(part: GroundingHead, visual: Tensor, seen: Tensor, text: Tensor, words: Tensor) -> Tensor:
@@ -56,20 +60,21 @@ def transvg(part: GroundingHead, visual: Tensor, seen: Tensor, text: Tensor, wor
     count = len(visual)
     reg = part.reg_token.weight.view(1, 1, -1).repeat(count, 1, 1)
     z = torch.cat([reg, part.text_projection(text), part.visual_projection(visual)], 1)
+    position = part.position.weight[None]
     if part.positions == "sine":
-        z = z + part.position.weight
+        z, position = z + position, torch.zeros_like(position)
     padded = torch.cat([torch.zeros(count, 1, dtype=torch.bool), words == 0, ~seen], 1)
     for layer in part.layers:
-        z = TransVGLayer(layer).eval()(z, part.position.weight[None], padded)
+        z = TransVGLayer(layer).eval()(z, position, padded)
     linear = [m for m in part.box.modules() if isinstance(m, nn.Linear)]
-    x = z[:, 0]
+    x = part.norm(z[:, 0])
     for i, layer in enumerate(linear):
         x = layer(x) if i == len(linear) - 1 else F.relu(layer(x))
     assert len(linear) == 3
     return torch.sigmoid(x)
 
 
-@pytest.mark.parametrize("options", [{}, {"positions": "sine"}, {"fusion_layers": 1}, {"fusion_heads": 16}])
+@pytest.mark.parametrize("options", [{}, {"positions": "sine"}, {"norm_first": True}, {"fusion_layers": 1}, {"fusion_heads": 16}])
 @torch.no_grad()
 def test_it_computes_what_transvg_computes(options: dict) -> None:
     part, x = head(**options), inputs()
@@ -122,7 +127,7 @@ def test_sine_codes_say_where_a_token_lies() -> None:
         torch.testing.assert_close(codes[2, :, 9 + 2 * i], angle.cos(), atol=1e-5, rtol=1e-5)
     assert sine_codes((2, 3), 10).shape == (6, 10)
     part, learned = GroundingHead(12, 10, (2, 4), L, 16, positions="sine"), GroundingHead(12, 10, (2, 4), L, 16)
-    assert torch.equal(part.position.weight[1 + L :], sine_codes((2, 4), 16))
+    assert torch.equal(part.position.weight[1 + L :], 0.5 * sine_codes((2, 4), 16))
     assert part.position.weight.requires_grad
     assert {n: p.shape for n, p in part.named_parameters()} == {n: p.shape for n, p in learned.named_parameters()}
 
@@ -207,5 +212,5 @@ def test_sizes_that_do_not_fit() -> None:
     assert part.sizes == {
         "vision_width": 12, "text_width": 10, "grid": [3, 3], "query_length": L,
         "fusion_dim": 16, "fusion_layers": 3, "fusion_heads": 4, "fusion_hidden": 24, "dropout": 0.1,
-        "positions": "learned",
+        "positions": "learned", "norm_first": False,
     }  # fmt: skip

@@ -17,7 +17,7 @@ from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 import petl
 from petl.backbones import bundled
-from petl.data.scenes import Scenes
+from petl.data.scene_data import Scenes
 from petl.tasks.grounding import Grounding
 from tests.conftest import SMALL_FUSION, build
 
