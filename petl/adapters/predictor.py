@@ -195,7 +195,7 @@ def _grounding(
     options: dict[str, Any] = {k: _size(head, k) for k in _HEAD_SIZES}
     if not isinstance(head.get("dropout"), (int, float)) or not 0 <= head["dropout"] < 1:
         raise PetlError(f"{directory}: head.dropout is {head.get('dropout')!r}; the file was changed.")
-    options |= {"dropout": head["dropout"], "positions": str(head.get("positions")),
+    options |= {"dropout": head["dropout"], 
                 "norm_first": head.get("norm_first") is True}  # fmt: skip
     if backbone is None:
         vision = _load_recorded(directory, config["backbone"], weights)

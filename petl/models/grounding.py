@@ -30,7 +30,6 @@ class GroundingModel(nn.Module):
         fusion_heads: attention heads of it.
         fusion_hidden: inner width of its FFN.
         dropout: dropout inside it.
-        positions: its position codes: "learned", as published, or "sine" (see `petl.nn.fusion.GroundingHead`).
         norm_first: LayerNorm before attention and FFN instead of after, as published.
 
     Raises:
@@ -49,7 +48,6 @@ class GroundingModel(nn.Module):
         fusion_heads: int = 8,
         fusion_hidden: int = 2048,
         dropout: float = 0.1,
-        positions: str = "learned",
         norm_first: bool = False,
     ) -> None:
         super().__init__()
@@ -71,7 +69,7 @@ class GroundingModel(nn.Module):
         grid = self.vision_view.grid((3, self.image_size, self.image_size))
         self.head = GroundingHead(
             self.vision_view.width, self.text_view.width, grid, query_length, fusion_dim, fusion_layers, fusion_heads,
-            fusion_hidden, dropout, positions, norm_first,
+            fusion_hidden, dropout, norm_first,
         )  # fmt: skip
         self.petl: PairModule = attach_pair(vision, text, method or LinearProbe())
         self.vision, self.text = vision, text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import torch
@@ -11,19 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import MLP
 
-from petl.errors import PetlError, nearest
-
-POSITIONS = ("learned", "sine")
-
-
-def sine_codes(grid: tuple[int, int], width: int) -> Tensor:
-    """2-D sine codes (rows · columns, width) of a grid, DETR's with the temperature of DAB-DETR (2201.12329)."""
-    rows, columns = ((torch.arange(n) + 0.5) / n * 2 * math.pi for n in grid)
-    frequency = 20.0 ** -(torch.arange(-(-width // 4)) / (width / 4))
-    along = [(x[:, None] * frequency)[..., None] for x in (rows, columns)]  # (n, width / 4, 1)
-    y, x = (torch.cat([a.sin(), a.cos()], -1).flatten(1) for a in along)
-    codes = torch.cat([y[:, None].expand(-1, grid[1], -1), x[None].expand(grid[0], -1, -1)], -1)
-    return codes.flatten(0, 1)[:, :width]
+from petl.errors import PetlError
 
 
 class FusionLayer(nn.Module):
@@ -36,10 +23,10 @@ class FusionLayer(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
-    def forward(self, z: Tensor, position: Tensor | None, mask: Tensor, rows: int | None = None) -> Tensor:
+    def forward(self, z: Tensor, position: Tensor, mask: Tensor, rows: int | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D), or only the first ``rows`` tokens of it where no other will be read."""
         kept, z = z[:, :rows], self.norm1(z) if self.norm_first else z
-        x = z if position is None else z + position
+        x = z + position
         parts = self.query(x[:, :rows]), self.key(x), self.value(z)
         query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in parts)  # (B, H, N, D / H)
         p = self.dropout if self.training else 0.0
@@ -68,9 +55,6 @@ class GroundingHead(nn.Module):
         query_length: text tokens L; one learned position each.
         fusion_dim, fusion_layers, fusion_heads, fusion_hidden: size of the encoder.
         dropout: in attention, FFN and residual branches of the encoder.
-        positions: "learned" as published: random at the start, and added to queries and keys alone. "sine": the rows of
-            visual tokens start as 2-D sine codes, and positions are added to the tokens, once; for image encoders
-            whose tokens hardly say where they are (classifiers, CLIP).
         norm_first: LayerNorm before attention and FFN instead of after, and once more at the end; takes larger steps.
     """
 
@@ -85,12 +69,9 @@ class GroundingHead(nn.Module):
         fusion_heads: int = 8,
         fusion_hidden: int = 2048,
         dropout: float = 0.1,
-        positions: str = "learned",
         norm_first: bool = False,
     ) -> None:
         super().__init__()
-        if positions not in POSITIONS:
-            raise PetlError(f"positions={positions!r}: {nearest(positions, POSITIONS)}")
         sizes = {"fusion_dim": fusion_dim, "fusion_layers": fusion_layers, "fusion_heads": fusion_heads}
         for name, value in (sizes | {"fusion_hidden": fusion_hidden}).items():
             if value < 1:
@@ -102,17 +83,13 @@ class GroundingHead(nn.Module):
         self.sizes = {
             "vision_width": vision_width, "text_width": text_width, "grid": list(grid),
             "query_length": query_length, "fusion_dim": fusion_dim, "fusion_layers": fusion_layers,
-            "fusion_heads": fusion_heads, "fusion_hidden": fusion_hidden, "dropout": dropout, "positions": positions,
+            "fusion_heads": fusion_heads, "fusion_hidden": fusion_hidden, "dropout": dropout,
             "norm_first": norm_first,
         }  # fmt: skip
-        self.visual_tokens, self.query_length, self.positions = grid[0] * grid[1], query_length, positions
+        self.visual_tokens, self.query_length = grid[0] * grid[1], query_length
         self.visual_projection, self.text_projection = (nn.Linear(w, fusion_dim) for w in (vision_width, text_width))
         self.reg_token = nn.Embedding(1, fusion_dim)
         self.position = nn.Embedding(1 + query_length + grid[0] * grid[1], fusion_dim)
-        if positions == "sine":
-            with torch.no_grad():
-                self.position.weight.mul_(0.02)  # words are told apart by what they are
-                self.position.weight[1 + query_length :] = 0.5 * sine_codes(grid, fusion_dim)
         self.layers = nn.ModuleList(
             FusionLayer(fusion_dim, fusion_heads, fusion_hidden, dropout, norm_first) for _ in range(fusion_layers)
         )
@@ -139,8 +116,7 @@ class GroundingHead(nn.Module):
         reg = self.reg_token.weight[None].expand(len(visual), -1, -1)
         z = torch.cat([reg, self.text_projection(text.to(dtype)), self.visual_projection(visual.to(dtype))], 1)
         seen = F.pad(torch.cat([text_mask, visual_mask], 1).bool(), (1, 0), value=True)  # [REG] is never masked
-        table = self.position.weight
-        z, position = (z + table, None) if self.positions == "sine" else (z, table)
+        position = self.position.weight
         for i, layer in enumerate(self.layers, 1):
             rows = 1 if i == len(self.layers) else None  # the box is read from [REG] alone
             if self.checkpointing and self.training:

@@ -38,7 +38,6 @@ class Grounding(FrozenTask):
         fusion_heads: attention heads of it.
         fusion_hidden: inner width of its FFN.
         dropout: dropout inside it.
-        positions: its position codes: "learned", as published, or "sine" (see `petl.nn.fusion.GroundingHead`).
         norm_first: LayerNorm before attention and FFN instead of after, as published.
         lr: peak learning rate of the vision-language part.
         method_lr: peak learning rate of the method's tensors, and of the encoders in full fine-tuning.
@@ -68,7 +67,6 @@ class Grounding(FrozenTask):
         fusion_heads: int = 8,
         fusion_hidden: int = 2048,
         dropout: float = 0.1,
-        positions: str = "learned",
         norm_first: bool = False,
         lr: float = 1e-4,
         method_lr: float = 1e-5,
@@ -100,7 +98,7 @@ class Grounding(FrozenTask):
             torch.manual_seed(self.seed)
             self.model: GroundingModel = GroundingModel(
                 vision, text, method, image_size, query_length, fusion_dim, fusion_layers, fusion_heads, fusion_hidden,
-                dropout, positions, norm_first,
+                dropout, norm_first,
             )  # fmt: skip
         self.model.checkpointing = checkpointing
         self.metrics = nn.ModuleDict(

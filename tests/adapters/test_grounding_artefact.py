@@ -207,7 +207,6 @@ CHANGES: dict[str, Change] = {
         ("fusion_layers", 3), ("fusion_layers", 0), ("fusion_heads", 5), ("fusion_hidden", 25), ("fusion_hidden", None),
         ("query_length", 8), ("query_length", -7), ("query_length", 99), ("vision_width", 64), ("text_width", "x"),
         ("dropout", "0.1"), ("dropout", None), ("kind", "linear"), ("grid", [4, 16]), ("grid", None),
-        ("positions", "x"), ("positions", None),
     )},
     **{f"without {key}": lambda c, key=key: c["head"].pop(key) for key in ("fusion_dim", "dropout", "kind", "grid")},
     "no head": lambda c: c.update(head=None),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from petl.costs import count_saved_bytes
 from petl.errors import PetlError
-from petl.nn.fusion import FusionLayer, GroundingHead, sine_codes
+from petl.nn.fusion import FusionLayer, GroundingHead
 
 L, GRID = 5, (3, 3)
 N = GRID[0] * GRID[1]
@@ -61,8 +61,6 @@ def transvg(part: GroundingHead, visual: Tensor, seen: Tensor, text: Tensor, wor
     reg = part.reg_token.weight.view(1, 1, -1).repeat(count, 1, 1)
     z = torch.cat([reg, part.text_projection(text), part.visual_projection(visual)], 1)
     position = part.position.weight[None]
-    if part.positions == "sine":
-        z, position = z + position, torch.zeros_like(position)
     padded = torch.cat([torch.zeros(count, 1, dtype=torch.bool), words == 0, ~seen], 1)
     for layer in part.layers:
         z = TransVGLayer(layer).eval()(z, position, padded)
@@ -74,7 +72,7 @@ def transvg(part: GroundingHead, visual: Tensor, seen: Tensor, text: Tensor, wor
     return torch.sigmoid(x)
 
 
-@pytest.mark.parametrize("options", [{}, {"positions": "sine"}, {"norm_first": True}, {"fusion_layers": 1}, {"fusion_heads": 16}])
+@pytest.mark.parametrize("options", [{}, {"norm_first": True}, {"fusion_layers": 1}, {"fusion_heads": 16}])
 @torch.no_grad()
 def test_it_computes_what_transvg_computes(options: dict) -> None:
     part, x = head(**options), inputs()
@@ -114,22 +112,6 @@ def test_polarity_of_the_masks(which: int) -> None:
     for dtype in (torch.bool, torch.long, torch.float32):
         x[which] = mask.to(dtype)
         assert torch.equal(part(*x), before)
-
-
-def test_sine_codes_say_where_a_token_lies() -> None:
-    """Half of the channels for rows, half for columns; sin and cos in turn; a turn of 2π over the picture."""
-    codes = sine_codes((4, 6), 16).unflatten(0, (4, 6))
-    assert torch.equal(codes[..., :8], codes[:, :1, :8].expand(4, 6, 8))
-    assert torch.equal(codes[..., 8:], codes[:1, :, 8:].expand(4, 6, 8))
-    for i in range(4):
-        angle = (torch.arange(6) + 0.5) / 6 * 2 * torch.pi / 20 ** (i / 4)
-        torch.testing.assert_close(codes[2, :, 8 + 2 * i], angle.sin(), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(codes[2, :, 9 + 2 * i], angle.cos(), atol=1e-5, rtol=1e-5)
-    assert sine_codes((2, 3), 10).shape == (6, 10)
-    part, learned = GroundingHead(12, 10, (2, 4), L, 16, positions="sine"), GroundingHead(12, 10, (2, 4), L, 16)
-    assert torch.equal(part.position.weight[1 + L :], 0.5 * sine_codes((2, 4), 16))
-    assert part.position.weight.requires_grad
-    assert {n: p.shape for n, p in part.named_parameters()} == {n: p.shape for n, p in learned.named_parameters()}
 
 
 @torch.no_grad()
@@ -202,8 +184,6 @@ def test_checkpointing_recomputes_layers_with_the_same_dropout() -> None:
 def test_sizes_that_do_not_fit() -> None:
     with pytest.raises(PetlError, match="fusion_dim 18 does not divide into fusion_heads 4"):
         head(fusion_dim=18)
-    with pytest.raises(PetlError, match="positions='sin': did you mean 'sine'"):
-        head(positions="sin")
     part, (visual, seen, text, words) = head(), inputs()
     with pytest.raises(PetlError, match=r"8 visual tokens .* built for 9: images must have the size"):
         part(visual[:, 1:], seen[:, 1:], text, words)
@@ -212,5 +192,5 @@ def test_sizes_that_do_not_fit() -> None:
     assert part.sizes == {
         "vision_width": 12, "text_width": 10, "grid": [3, 3], "query_length": L,
         "fusion_dim": 16, "fusion_layers": 3, "fusion_heads": 4, "fusion_hidden": 24, "dropout": 0.1,
-        "positions": "learned", "norm_first": False,
+        "norm_first": False,
     }  # fmt: skip
