@@ -19,7 +19,7 @@ from torch import Tensor
 
 METHODS = {
     "vision-language part only": ["--model.method", "LinearProbe"],
-    "DARA": ["--model.method", "DARA"],
+    "DARA": ["--model.method", "DARA", "--model.method.scale", "1.0", "--model.method_lr", "1.0e-3"],
     "M²IST": [],
 }
 
@@ -57,7 +57,7 @@ def main() -> None:
     rows = {}
     for name, what in METHODS.items():
         rows[name] = run(name, [*what, *args.rest], args.out / name.replace(" ", "_"), args.seed)
-    data = Scenes(image_size=64, mean=(0.5,) * 3, std=(0.5,) * 3)
+    data = Scenes(3600, 0, 500, 4, max_things=3, zoom=1.5, image_size=64, mean=(0.5,) * 3, std=(0.5,) * 3)
     data.setup("fit")
     boxes = [torch.stack([data.transform(False)(s)["box"] for s in data.splits[k].samples]) for k in ("train", "test")]
     acc, iou = best_constant(boxes[0], boxes[1])
