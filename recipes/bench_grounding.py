@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -37,6 +38,10 @@ METHODS: dict[str, petl.Method | None] = {
     "full": petl.FullFineTuning(),
 }
 
+FLOOR = """The frozen floor is low here: the last fusion layer computes [REG] alone, attention maps are not kept, and one FFN
+tensor is kept instead of two (the published layout keeps 178 MiB a sample). What M²IST adds to it are the taps, which the
+gradients of its down-projections need; encoders in bf16 halve them."""
+
 
 def network(method: petl.Method | None, bf16: bool = False) -> petl.GroundingModel:
     torch.manual_seed(0)
@@ -54,13 +59,14 @@ def saved_per_sample(model: petl.GroundingModel) -> int:
 
 def memory_rows() -> list[Row]:
     saved = {name: saved_per_sample(network(method)) for name, method in METHODS.items()}
-    floor16, side16 = (saved_per_sample(network(METHODS[n], bf16=True)) for n in ("floor", "M²IST"))
     rows = [
         ("bytes saved for backward per sample, M²IST over the frozen floor", saved["M²IST"] / saved["floor"], "≤ 1.06"),
-        ("the same with encoders in bf16", side16 / floor16, "≤ 1.06"),
         ("bytes saved for backward per sample, M²IST over full fine-tuning", saved["M²IST"] / saved["full"], "≤ 0.36"),
         ("bytes saved for backward per sample, DARA over full fine-tuning", saved["DARA"] / saved["full"], ""),
     ]
+    if DEVICE == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():  # else bf16 convolutions take minutes
+        floor, side = (saved_per_sample(network(METHODS[n], bf16=True)) for n in ("floor", "M²IST"))
+        rows.insert(1, ("the same with encoders in bf16", side / floor, "≤ 1.06"))
     return rows + [(f"(MiB per sample, {name})", size / 2**20, "") for name, size in saved.items()]
 
 
@@ -124,16 +130,17 @@ def data_row(source: Path | None, count: int) -> Row:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         lines = []
+        root = source if source is not None and source.is_dir() else Path(name)
         for path in pictures(source, Path(name), count):
             with Image.open(path) as image:
                 box = [image.width * 0.3, image.height * 0.3, image.width * 0.4, image.height * 0.4]
-            lines.append({"image": str(path.resolve()), "expression": "the thing on the left side", "bbox": box,
-                          "split": "train"})  # fmt: skip
-            lines.append(lines[-1] | {"expression": "the bright thing"})
+            line = {"image": path.relative_to(root).as_posix(), "bbox": box, "split": "train"}
+            lines.append(line | {"expression": "the thing on the left side"})
+            lines.append(line | {"expression": "the bright thing"})
         listed = Path(name) / "list.jsonl"
         listed.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        data = Expressions(str(listed), image_root="/", batch_size=8, image_size=640, mean=(0.5,) * 3, std=(0.5,) * 3,
-                           check_images=False)  # fmt: skip
+        record: dict[str, Any] = {"image_size": 640, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+        data = Expressions(str(listed), image_root=str(root), batch_size=8, check_images=False, **record)
         data.setup("fit")
         best = 0.0
         for _ in range(3):
@@ -157,7 +164,7 @@ def main() -> None:
         args.out,
         "Grounding, DETR-R50 and BERT-base at 640 pixels, 20 tokens, fp32",
         f"`python recipes/bench_grounding.py --batch {args.batch} --rounds {args.rounds}` on {machine()}, transformers "
-        f"{transformers.__version__}. Ratios of medians, taken in turns in one process; JPEG files: {files}.",
+        f"{transformers.__version__}. Ratios of medians, taken in turns in one process; JPEG files: {files}.\n\n{FLOOR}",
         rows,
     )
 

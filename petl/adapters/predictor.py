@@ -195,8 +195,7 @@ def _grounding(
     options: dict[str, Any] = {k: _size(head, k) for k in _HEAD_SIZES}
     if not isinstance(head.get("dropout"), (int, float)) or not 0 <= head["dropout"] < 1:
         raise PetlError(f"{directory}: head.dropout is {head.get('dropout')!r}; the file was changed.")
-    options |= {"dropout": head["dropout"], 
-                "norm_first": head.get("norm_first") is True}  # fmt: skip
+    options |= {"dropout": head["dropout"], "norm_first": head.get("norm_first") is True}
     if backbone is None:
         vision = _load_recorded(directory, config["backbone"], weights)
         if not text_record.get("name"):
@@ -213,11 +212,8 @@ def _grounding(
 
 def _size(head: dict[str, Any], key: str) -> int:
     value = head.get(key)
-    if (
-        not isinstance(value, int)
-        or isinstance(value, bool)
-        or not 0 < value < (100 if key.endswith("layers") else 1_000_000)
-    ):
+    most = 100 if key.endswith("layers") else 1_000_000
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < most:
         raise PetlError(f"adapter_config.json: head.{key} is {value!r}, not a sensible size; the file was changed.")
     return value
 
