@@ -38,9 +38,9 @@ METHODS: dict[str, petl.Method | None] = {
     "full": petl.FullFineTuning(),
 }
 
-FLOOR = """The frozen floor is low here: the last fusion layer computes [REG] alone, attention maps are not kept, and one FFN
-tensor is kept instead of two (the published layout keeps 178 MiB a sample). What M²IST adds to it are the taps, which the
-gradients of its down-projections need; encoders in bf16 halve them."""
+FLOOR = """The frozen floor is low here: the last fusion layer computes [REG] alone, attention maps are not kept, and
+one FFN tensor is kept instead of two (the published layout keeps 178 MiB a sample). What M²IST adds to it are the taps,
+which the gradients of its down-projections need; encoders in bf16 halve them."""
 
 
 def network(method: petl.Method | None, bf16: bool = False) -> petl.GroundingModel:
@@ -164,7 +164,8 @@ def main() -> None:
         args.out,
         "Grounding, DETR-R50 and BERT-base at 640 pixels, 20 tokens, fp32",
         f"`python recipes/bench_grounding.py --batch {args.batch} --rounds {args.rounds}` on {machine()}, transformers "
-        f"{transformers.__version__}. Ratios of medians, taken in turns in one process; JPEG files: {files}.\n\n{FLOOR}",
+        f"{transformers.__version__}. Ratios of medians, taken in turns in one process; JPEG files: "
+        f"{files}.\n\n{FLOOR}",
         rows,
     )
 
