@@ -159,12 +159,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="Markdown file to write to")
     args = parser.parse_args()
     rows = [data_row(args.images, 48), *memory_rows(), *step_rows(args.batch, args.rounds)]
-    files = "photographs" if args.images else "generated pictures"
+    files = "those of --images" if args.images else "generated pictures"
+    given = " --images FILE" if args.images else ""
     write_section(
         args.out,
         "Grounding, DETR-R50 and BERT-base at 640 pixels, 20 tokens, fp32",
-        f"`python recipes/bench_grounding.py --batch {args.batch} --rounds {args.rounds}` on {machine()}, transformers "
-        f"{transformers.__version__}. Ratios of medians, taken in turns in one process; JPEG files: "
+        f"`python recipes/bench_grounding.py --batch {args.batch} --rounds {args.rounds}{given}` on {machine()}, "
+        f"transformers {transformers.__version__}. Ratios of medians, taken in turns in one process; JPEG files: "
         f"{files}.\n\n{FLOOR}",
         rows,
     )

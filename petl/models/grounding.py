@@ -30,7 +30,7 @@ class GroundingModel(nn.Module):
         fusion_heads: attention heads of it.
         fusion_hidden: inner width of its FFN.
         dropout: dropout inside it.
-        norm_first: LayerNorm before attention and FFN instead of after, as published.
+        norm_first: LayerNorm before attention and FFN; False = after them, as published.
 
     Raises:
         PetlError: encoders that petl does not know, sizes that do not fit, or a method that does not.

@@ -38,7 +38,7 @@ class Grounding(FrozenTask):
         fusion_heads: attention heads of it.
         fusion_hidden: inner width of its FFN.
         dropout: dropout inside it.
-        norm_first: LayerNorm before attention and FFN instead of after, as published.
+        norm_first: LayerNorm before attention and FFN; False = after them, as published.
         lr: peak learning rate of the vision-language part.
         method_lr: peak learning rate of the method's tensors, and of the encoders in full fine-tuning.
         weight_decay: decoupled weight decay, on all trained tensors.
