@@ -34,6 +34,8 @@ def variants(name: str) -> list[Method]:
     found = [cls()]
     if "variant" in {f.name for f in fields(cls)} and name == "sparse_tuning":
         found.append(cls(keep_rate=1.0))  # type: ignore[call-arg]
+    if name == "ladder_side_tuning":
+        found.append(cls(reduction=4, form="gate", layers=(0, 2)))  # type: ignore[call-arg]
     return found
 
 

@@ -27,13 +27,14 @@ from tests.conftest import PAIRS, build, expressions_and_images, grounding
 OPTIONS = {
     "dara": [{}, {"variant": "paper"}, {"pairs": 2, "text_layers": "last", "vision_layers": "first"}],
     "m2ist": [{}, {"side_seed": "zero"}, {"pairs": 2, "text_layers": "even", "vision_layers": "last"}],
+    "ladder_side_tuning": [{"reduction": 1}, {"reduction": 1, "form": "gate", "layers": (0, 2), "init": "prune"}],
 }
-SMALL = {"bottleneck": 6, "relation_dim": 5, "shared_dim": 24}
+SMALL = {name: {"bottleneck": 6, "relation_dim": 5, "shared_dim": 24} for name in ("dara", "m2ist")}
 
 
 def variants(name: str) -> list[Method]:
     cls = get_method(name)
-    return [cls(**(SMALL | options)) for options in OPTIONS[name]] if name in OPTIONS else [cls()]
+    return [cls(**(SMALL.get(name, {}) | options)) for options in OPTIONS[name]] if name in OPTIONS else [cls()]
 
 
 CASES = [

@@ -12,6 +12,7 @@ import threading
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -94,6 +95,17 @@ class BlockView(ABC):
         y = self.after_attention(x, self.attention(x, call))
         return self.after_ffn(y, self.ffn(y))
 
+    def block_weights(self) -> dict[str, Tensor]:
+        """Weights and biases, by part: ``q``, ``k``, ``v``, ``out``, ``fc1``, ``fc2``, ``norm1``, ``norm2``.
+
+        Keys are ``"q.weight"``, ``"q.bias"`` and so on; a bias that the block does not have is left out. LayerScale is
+        folded into ``out`` and ``fc2``. Raises `PetlError` where these parts would not compute what the block does.
+        """
+        raise PetlError(
+            f"the weights of a {type(self.module).__name__} cannot be read part by part, so a side network cannot be "
+            "pruned from them (init='prune'). Start it at random."
+        )
+
     def release(self) -> None:  # noqa: B027  (most views leave nothing behind)
         """Undo what the view did to the block."""
 
@@ -148,6 +160,16 @@ class EncoderView(ABC):
     prefix_tokens: int = 0  # class, distillation and register tokens in front of the patches
     block_path: str  # e.g. "blocks": block i is the module "blocks.i"
     head_names: tuple[str, ...] = ()  # modules that classify: trained with a method, not part of the fingerprint
+    mask_argument: str = "attention_mask"  # under which a block takes the mask of its attention
+    norm_first: bool = True  # LayerNorm before attention and FFN; False = after the residual
+
+    def masking_obstacle(self) -> str | None:
+        """Why removing tokens by masking keys would not work in this network, or None."""
+        return None
+
+    def key_mask(self, keep: Tensor, dtype: torch.dtype) -> Tensor:
+        """The mask to give to a block so that only tokens in ``keep``, bool (R, T), are attended to: (R, 1, 1, T)."""
+        return keep[:, None, None]
 
     @abstractmethod
     def block_modules(self) -> list[nn.Module]:
@@ -240,6 +262,11 @@ class BackboneView(ImageEncoder):
         embed = patches * c * 3 * self.patch_size[0] * self.patch_size[1]
         head = sum(p.numel() for _, m in self.head_modules() for n, p in m.named_parameters() if n.endswith("weight"))
         return embed + head + sum(4 * n * c * c + 2 * n * n * c + 2 * m * c * f for n, m in tokens)
+
+
+def named_weights(**parts: nn.Module) -> dict[str, Tensor]:
+    """``{"q.weight": …}`` of the modules given by part."""
+    return {f"{part}.{n}": p.detach() for part, m in parts.items() for n, p in m.named_parameters(recurse=False)}
 
 
 def unsupported_block(module: nn.Module, where: str) -> PetlError:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DetrModel
 from transformers.models.detr.modeling_detr import DetrEncoderLayer
 
-from petl.backbones.base import BlockView, Call, ImageEncoder, unsupported_block
+from petl.backbones.base import BlockView, Call, ImageEncoder, named_weights, unsupported_block
 from petl.errors import PetlError
 
 STRIDE = 32
@@ -73,10 +73,18 @@ class DetrBlock(BlockView):
     def after_ffn(self, y: Tensor, branch: Tensor) -> Tensor:
         return self.module.final_layer_norm(y + branch)
 
+    def block_weights(self) -> dict[str, Tensor]:
+        block, attn, mlp = self.module, self.module.self_attn, self.module.mlp
+        return named_weights(
+            q=attn.q_proj, k=attn.k_proj, v=attn.v_proj, out=attn.o_proj, fc1=mlp.fc1, fc2=mlp.fc2,
+            norm1=block.self_attn_layer_norm, norm2=block.final_layer_norm,
+        )  # fmt: skip
+
 
 class Detr(ImageEncoder):
     family = "detr"
     block_path = "encoder.layers"
+    norm_first = False
 
     def __init__(self, model: DetrImageEncoder) -> None:
         self.model: DetrImageEncoder = model

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 from torch import Tensor, nn
-from transformers import BertModel, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import BertForSequenceClassification, BertModel, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from petl.backbones.base import BlockView, Call, TextEncoder, unsupported_block
-from petl.backbones.hf_vit import CLIPBlock
+from petl.backbones.base import BlockView, Call, TextEncoder, named_weights, unsupported_block
+from petl.backbones.hf_vit import CLIPBlock, HFMasks
 
 
 class BertBlock(BlockView):
@@ -39,8 +39,16 @@ class BertBlock(BlockView):
     def after_ffn(self, y: Tensor, branch: Tensor) -> Tensor:
         return self.module.output.LayerNorm(branch + y)
 
+    def block_weights(self) -> dict[str, Tensor]:
+        attention, ffn = self.module.attention, self.module.output
+        inner: Any = attention.self
+        return named_weights(
+            q=inner.query, k=inner.key, v=inner.value, out=attention.output.dense, norm1=attention.output.LayerNorm,
+            fc1=self.module.intermediate.dense, fc2=ffn.dense, norm2=ffn.LayerNorm,
+        )  # fmt: skip
 
-class _HFText(TextEncoder):
+
+class _HFText(HFMasks, TextEncoder):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         config: Any = model.config
@@ -54,16 +62,21 @@ class _HFText(TextEncoder):
     def block_modules(self) -> list[nn.Module]:
         return list(cast(nn.ModuleList, self.model.get_submodule(self.block_path)))
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-
 
 class HFBert(_HFText):
-    family = "hf_bert"
-    block_path = "encoder.layer"
+    """`BertModel`, or the whole of a `BertForSequenceClassification`."""
 
-    def __init__(self, model: BertModel) -> None:
+    family = "hf_bert"
+    norm_first = False
+    head_names = ("classifier",)
+
+    def __init__(self, model: BertModel | BertForSequenceClassification) -> None:
         super().__init__(model)
+        self.block_path = "encoder.layer" if isinstance(model, BertModel) else "bert.encoder.layer"
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        trunk: Any = self.model if isinstance(self.model, BertModel) else cast(Any, self.model).bert
+        return trunk(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
     def block_view(self, module: nn.Module) -> BlockView:
         if type(module) is not BertLayer or module.is_decoder:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection, ViTForImageClassification, ViTModel
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
 
-from petl.backbones.base import BackboneView, Call, RankingBlock, unsupported_block
+from petl.backbones.base import BackboneView, Call, EncoderView, RankingBlock, named_weights, unsupported_block
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -48,6 +49,13 @@ class CLIPBlock(_SplitProjections):
     def ffn_output(self, u: Tensor) -> Tensor:
         return self.module.mlp(u)
 
+    def block_weights(self) -> dict[str, Tensor]:
+        block, attn, mlp = self.module, self.module.self_attn, self.module.mlp
+        return named_weights(
+            q=attn.q_proj, k=attn.k_proj, v=attn.v_proj, out=attn.out_proj, fc1=mlp.fc1, fc2=mlp.fc2,
+            norm1=block.layer_norm1, norm2=block.layer_norm2,
+        )  # fmt: skip
+
 
 class ViTBlock(_SplitProjections):
     module: ViTLayer
@@ -70,8 +78,31 @@ class ViTBlock(_SplitProjections):
     def ffn_branch(self, f: Tensor) -> Tensor:
         return self.module.dropout(f)
 
+    def block_weights(self) -> dict[str, Tensor]:
+        block, attn, mlp = self.module, self.module.attention, self.module.mlp
+        return named_weights(
+            q=attn.q_proj, k=attn.k_proj, v=attn.v_proj, out=attn.o_proj, fc1=mlp.fc1, fc2=mlp.fc2,
+            norm1=block.layernorm_before, norm2=block.layernorm_after,
+        )  # fmt: skip
 
-class _HFVision(BackboneView):
+
+class HFMasks(EncoderView):
+    """How Hugging Face's attention takes a key mask."""
+
+    def masking_obstacle(self) -> str | None:
+        kind = cast(Any, self.model).config._attn_implementation
+        if kind in ("sdpa", "eager"):
+            return None
+        return f"its attention implementation is {kind!r}; model.set_attn_implementation('sdpa') takes key masks"
+
+    def key_mask(self, keep: Tensor, dtype: torch.dtype) -> Tensor:
+        mask = super().key_mask(keep, dtype)
+        if cast(Any, self.model).config._attn_implementation == "sdpa":
+            return mask
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)  # eager attention adds it
+
+
+class _HFVision(HFMasks, BackboneView):
     head_names = ("classifier",)
     _mean: tuple[float, float, float]
     _std: tuple[float, float, float]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from timm.layers import PatchEmbed
+from timm.layers import Mlp, PatchEmbed
 from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
-from petl.backbones.base import BackboneView, Call, RankingBlock, unsupported_block
+from petl.backbones.base import BackboneView, Call, RankingBlock, named_weights, unsupported_block
+from petl.errors import PetlError
 
 
 class TimmBlock(RankingBlock):
@@ -30,6 +31,28 @@ class TimmBlock(RankingBlock):
     def ffn_branch(self, f: Tensor) -> Tensor:
         return self.module.drop_path2(self.module.ls2(f))
 
+    def block_weights(self) -> dict[str, Tensor]:
+        block, attn, mlp = self.module, self._attn, self.module.mlp
+        norms = [m for m in (attn.q_norm, attn.k_norm, attn.norm, getattr(mlp, "norm", None)) if _computes(m)]
+        if type(mlp) is not Mlp or norms or attn.gate is not None:
+            what = "a gate or norms inside its attention or FFN" if type(mlp) is Mlp else f"a {type(mlp).__name__} FFN"
+            raise PetlError(
+                f"this timm block has {what}, which no side block has, so it cannot be pruned from it (init='prune'). "
+                "Start it at random."
+            )
+        found = named_weights(
+            out=attn.proj, fc1=cast(nn.Module, mlp.fc1), fc2=cast(nn.Module, mlp.fc2), norm1=block.norm1,
+            norm2=block.norm2,
+        )  # fmt: skip
+        for name, fused in attn.qkv.named_parameters():
+            found |= {f"{part}.{name}": t for part, t in zip("qkv", fused.detach().chunk(3), strict=True)}
+        for part, scale in (("out", block.ls1), ("fc2", block.ls2)):
+            if isinstance(scale, LayerScale):
+                for name in {f"{part}.weight", f"{part}.bias"} & found.keys():
+                    gamma = scale.gamma.detach()
+                    found[name] = found[name] * (gamma[:, None] if found[name].ndim == 2 else gamma)
+        return found
+
     @property
     def _attn(self) -> Attention:
         return cast(Attention, self.module.attn)  # `TimmViT.block_view` takes no other
@@ -44,9 +67,14 @@ class TimmBlock(RankingBlock):
         return attn.q_norm(query), attn.k_norm(key), attn.scale
 
 
+def _computes(module: nn.Module | None) -> bool:
+    return not (module is None or isinstance(module, nn.Identity))
+
+
 class TimmViT(BackboneView):
     family = "timm_vit"
     block_path = "blocks"
+    mask_argument = "attn_mask"
     head_names = ("head", "head_dist")
 
     def __init__(self, model: VisionTransformer) -> None:
@@ -77,6 +105,10 @@ class TimmViT(BackboneView):
         if type(module) is not Block or type(module.attn) is not Attention:
             raise unsupported_block(module if type(module) is not Block else module.attn, "a block of this timm model")
         return TimmBlock(module)
+
+    def masking_obstacle(self) -> str | None:
+        other = next((b for b in self.model.blocks if type(b) is not Block or type(b.attn) is not Attention), None)
+        return None if other is None else f"its blocks are {type(other).__name__}, whose attention takes no key mask"
 
     def features(self, x: Tensor) -> Tensor:
         return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
