@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from petl.data.folder import ImageFolder
     from petl.data.refcoco import RefCOCO
     from petl.data.scene_data import Scenes
+    from petl.data.sentences import Sentences
     from petl.data.vtab import VTAB
 
 _MODULES = {
@@ -19,9 +20,10 @@ _MODULES = {
     "ImageFolder": "petl.data.folder",
     "RefCOCO": "petl.data.refcoco",
     "Scenes": "petl.data.scene_data",
+    "Sentences": "petl.data.sentences",
     "VTAB": "petl.data.vtab",
 }
-__all__ = ["VTAB", "Digits", "Expressions", "ImageFolder", "RefCOCO", "Scenes"]
+__all__ = ["VTAB", "Digits", "Expressions", "ImageFolder", "RefCOCO", "Scenes", "Sentences"]
 
 
 def __getattr__(name: str) -> Any:

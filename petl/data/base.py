@@ -37,10 +37,9 @@ class Sample(NamedTuple):
 
 
 class Entry(Protocol):
-    """What a split holds: `Sample`, or another record with an image and a line for the split's hash."""
+    """What a split holds: `Sample`, or another record with a line for the split's hash; if it has an ``image``, a file
+    of that is looked at before the first epoch."""
 
-    @property
-    def image(self) -> Path | Image.Image: ...
     @property
     def line(self) -> str: ...
 
@@ -76,7 +75,7 @@ def read_image(path: Path) -> Image.Image:
             image.load()
             return image
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, DecompressionBombError
-        kind = f"is cut short or not an image ({error})" if path.exists() else "does not exist"
+        kind = "does not exist" if isinstance(error, FileNotFoundError) else f"is cut short or not an image ({error})"
         raise PetlError(f"image {path} {kind}.") from error
 
 
@@ -97,7 +96,8 @@ class DataModule(L.LightningDataModule):
     """Base of all data sets.
 
     Subclasses fill ``splits`` in `read`, where they never decode images, and say how a sample becomes an entry of a
-    batch. Sizes, mean and std come from the backbone's weights unless given.
+    batch. Sizes, mean and std come from the backbone's weights unless given; data without images have no
+    preprocessing (`_preprocessing` is empty), and of the arguments only ``batch_size``, ``num_workers`` and ``seed``.
 
     Args:
         batch_size: samples per step over all processes together.
@@ -212,18 +212,19 @@ class DataModule(L.LightningDataModule):
         return min(whole, limit) if isinstance(limit, int) else int(whole * limit)
 
     def val_dataloader(self) -> Any:
-        return self._evaluation("val")
+        return self.evaluation_loader("val")
 
     def test_dataloader(self) -> Any:
-        return self._evaluation(self.test_split)
+        return self.evaluation_loader(self.test_split)
 
     def predict_dataloader(self) -> Any:
-        return self._evaluation(self.test_split)
+        return self.evaluation_loader(self.test_split)
 
-    def _evaluation(self, split: str) -> Any:
+    def evaluation_loader(self, split: str, whole: bool = False) -> Any:
+        """Batches of a split in order, as in evaluation: this process's share, or with ``whole`` all of them."""
         if split not in self.splits:
             return []
-        world, rank = self._world()
+        world, rank = (1, 0) if whole else self._world()
         data = KeyedDataset(self.splits[split], self.transform(training=False), self.seed)
         return DataLoader(
             data,
@@ -242,8 +243,10 @@ class DataModule(L.LightningDataModule):
 
     def _damaged(self, splits: Sequence[str]) -> list[str]:
         """Images of these splits that are missing or do not decode; every split is looked at once."""
-        new = {s: [x.image for x in self.splits[s].samples if isinstance(x.image, Path)] for s in splits}
-        new = {s: files for s, files in new.items() if s not in self._damage}
+        images = {
+            s: [getattr(x, "image", None) for x in self.splits[s].samples] for s in splits if s not in self._damage
+        }
+        new = {s: [x for x in v if isinstance(x, Path)] for s, v in images.items()}
 
         with ThreadPoolExecutor(8) as pool:  # decoders release the GIL
             files = list(dict.fromkeys(f for v in new.values() for f in v))
@@ -306,11 +309,30 @@ class _Labelled:
         return {"image": self.picture(opened(sample.image)), "label": sample.label}
 
 
-class ImageDataModule(DataModule):
+class LabelledDataModule(DataModule):
     """Base of the data sets for classification: subclasses set ``num_classes`` and ``labels`` in `read`."""
 
     num_classes: int
     labels: list[str]
+    things = "images"  # what a split holds, in words
+
+    def facts(self) -> list[str]:
+        shown = ", ".join(self.labels[:10]) + (" …" if len(self.labels) > 10 else "")
+        return [f"classes  {self.num_classes}: {shown}"]
+
+    def describe(self, split: str) -> str:
+        data = self.splits[split]
+        counts = Counter(s.label for s in data.samples)
+        spread = f"{min(counts.values())} to {max(counts.values())} per class" if counts else "empty"
+        return f"{len(data)} {self.things}, {len(counts)} classes seen, {spread}"
+
+    def protocol(self) -> dict[str, Any]:
+        return super().protocol() | {"num_classes": self.num_classes}
+
+
+class ImageDataModule(LabelledDataModule):
+    """Classification of images."""
+
     augmentation = "none"
 
     def transform(self, training: bool) -> Callable[[Sample], dict[str, Any]]:
@@ -320,18 +342,8 @@ class ImageDataModule(DataModule):
             else evaluation_transform(self.preprocessing)
         )
 
-    def facts(self) -> list[str]:
-        shown = ", ".join(self.labels[:10]) + (" …" if len(self.labels) > 10 else "")
-        return [f"classes  {self.num_classes}: {shown}"]
-
-    def describe(self, split: str) -> str:
-        data: Split[Sample] = self.splits[split]
-        counts = Counter(s.label for s in data.samples)
-        spread = f"{min(counts.values())} to {max(counts.values())} per class" if counts else "empty"
-        return f"{len(data)} images, {len(counts)} classes seen, {spread}"
-
     def protocol(self) -> dict[str, Any]:
-        return super().protocol() | {"num_classes": self.num_classes, "augmentation": self.augmentation}
+        return super().protocol() | {"augmentation": self.augmentation}
 
 
 def hold_out(labels: Sequence[int], sizes: Sequence[int], seed: int) -> list[list[int]]:
