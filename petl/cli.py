@@ -26,6 +26,7 @@ VERBS = {
     "info": "what an adapter is, what it was trained on, whether it is intact",
     "classify": "classify images with an adapter, and draw them",
     "ground": "find what an expression refers to in an image, and draw the box",
+    "explain": "what each patch of an image, or word of a sentence, adds to the probability of a class",
     "data": "petl data check --config FILE: what is wrong with a data set; petl data prepare: convert one",
 }
 
@@ -139,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             cli = run([verb, *_resolve_configs(rest)])
             if verb == "fit" and cli.trainer.is_global_zero:
-                use = "ground" if "ground" in type(cli.model).__name__.lower() else "classify"
+                task = type(cli.model).__name__.lower()
+                use = "ground" if "ground" in task else "explain" if "explan" in task else "classify"
                 print(f"adapter: {cli.options.run_dir}/adapter   (petl info, petl {use}, petl.load)")
         elif verb == "ls":
             _ls(rest)
@@ -153,6 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from petl.engine import adapter_cli
 
             getattr(adapter_cli, verb)(rest)
+        elif verb == "explain":
+            from petl.engine.explain_cli import explain
+
+            explain(rest)
         else:
             raise PetlError(f"petl has no verb {verb!r}: {nearest(verb, VERBS)} 'petl --help' lists them.")
     except PetlError as error:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -163,3 +164,26 @@ def private(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"private test data is absent: {'/'.join(parts)} (set PETL_TEST_DATA)")
     return path
+
+
+@cache
+def _tiny_bert_words() -> Any:
+    from transformers import BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "fine", "film", "dull", "empty", "and", "with",
+             "ending", "##s", "not", "at", "all"]  # fmt: skip
+    return BertTokenizer(vocab={w: i for i, w in enumerate(words)}, do_lower_case=True)
+
+
+def tiny_bert_classifier() -> tuple[nn.Module, Any]:
+    """A small BERT with two classes and the same random weights at every call, and its tokenizer."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(7)
+    config = BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=17,
+                        max_position_embeddings=24, num_labels=2)  # fmt: skip
+    model = BertForSequenceClassification(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model.eval(), _tiny_bert_words()

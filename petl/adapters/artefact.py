@@ -1,8 +1,8 @@
 """The directory format: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md``.
 
-Schema 2; schema 1 had no ``text_backbone``. The config is JSON and is resolved through registry names only; tensors
-are safetensors; nothing in an adapter can run code. A directory is written under another name and renamed, so that a
-reader sees the old one or the new one.
+Schema 3; schema 2 had no ``classifier`` (what an explanation explains), schema 1 no ``text_backbone`` either. The
+config is JSON and is resolved through registry names only; tensors are safetensors; nothing in an adapter can run code.
+A directory is written under another name and renamed, so that a reader sees the old one or the new one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from torch import Tensor, nn
 from petl.adapters.card import model_card
 from petl.adapters.state import trained_tensors
 from petl.backbones.classifier import Classifier
+from petl.backbones.identity import identify
 from petl.errors import PetlError
 from petl.methods.attach import attached
+from petl.models.explained import ExplainedClassifier
 from petl.models.grounding import GroundingModel
 
-SCHEMA = 2
+SCHEMA = 3
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-_KEYS = {"schema", "petl_version", "task", "method", "backbone", "text_backbone", "head", "labels", "preprocessing",
-         "protocol", "tensors"}  # fmt: skip
+_KEYS = {"schema", "petl_version", "task", "method", "backbone", "text_backbone", "classifier", "head", "labels",
+         "preprocessing", "protocol", "tensors"}  # fmt: skip
 
 
 def save(
@@ -48,7 +50,8 @@ def save(
     """Write the adapter of ``model`` to ``directory``; an adapter that lies there is replaced in one step.
 
     Args:
-        model: a `petl.Classifier`, a `petl.GroundingModel`, or a model with a method attached.
+        model: a `petl.Classifier`, a `petl.GroundingModel`, a `petl.ExplainedClassifier`, or a model with a method
+            attached.
         directory: where to; parents are created.
         backbone: the name under which `petl.load` finds the frozen network again (``timm/…``, ``hf/…``, ``bundled/…``);
             None = `petl.load` needs the model itself. Of a grounding model, the image encoder.
@@ -65,11 +68,24 @@ def save(
     from petl import __version__
 
     head: dict[str, Any] | None = None
-    own_classes, text_record = 0, None
+    own_classes, text_record, explained_record = 0, None, None
     if isinstance(model, GroundingModel):
         pair = model.petl
         task, method, identity, head = "grounding", pair.method, pair.vision.identity, model.describe()
         text_record = {"name": text_backbone, **pair.text.identity.to_dict()}
+    elif isinstance(model, ExplainedClassifier):
+        task, method, identity = "explanation", model.method, identify(model.view)
+        inner: Any = model.classifier
+        head = inner.head.describe() if isinstance(inner, Classifier) else None
+        own_classes = 0 if head else model.petl.classes
+        explained_record = {
+            "name": backbone,
+            "method": model.adapter.to_dict() if model.adapter else None,
+            "classes": model.petl.classes,
+            **model.identity.to_dict(),
+        }
+        if labels is not None and len(labels) != model.petl.classes:
+            raise PetlError(f"petl.save: {len(labels)} labels for a classifier of {model.petl.classes} classes.")
     else:
         module = attached(model.backbone if isinstance(model, Classifier) else model)
         method, identity = module.method, module.identity
@@ -93,6 +109,7 @@ def save(
             **identity.to_dict(),
         },
         "text_backbone": text_record,
+        "classifier": explained_record,
         "head": head,
         "labels": None if labels is None else [str(v) for v in labels],
         "preprocessing": None if preprocessing is None else dict(preprocessing),
@@ -169,15 +186,16 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{file} has schema {config['schema']}, written by petl {config.get('petl_version')}; this petl reads "
             f"up to schema {SCHEMA}. Update petl."
         )
-    if config["schema"] == 1:
-        config |= {"schema": SCHEMA, "text_backbone": None}
+    if config["schema"] < SCHEMA:
+        added = {"text_backbone": None, "classifier": None} if config["schema"] == 1 else {"classifier": None}
+        config |= {"schema": SCHEMA, **added}
     if config.keys() != _KEYS:
         raise PetlError(
             f"{file}: keys missing {sorted(_KEYS - config.keys())}, unknown {sorted(config.keys() - _KEYS)}; "
             "the file was changed or cut."
         )
     kinds: dict[str, type | tuple[type, ...]] = dict.fromkeys(("method", "backbone", "tensors", "protocol"), dict)
-    kinds |= dict.fromkeys(("head", "preprocessing", "text_backbone"), (dict, type(None)))
+    kinds |= dict.fromkeys(("head", "preprocessing", "text_backbone", "classifier"), (dict, type(None)))
     kinds |= {"labels": (list, type(None))}
     for key, kind in kinds.items():
         if not isinstance(config[key], kind):

@@ -15,9 +15,14 @@ def model_card(config: Mapping[str, Any]) -> str:
     metrics = protocol.get("metrics") or {}
     shown = ", ".join(labels[:12]) + (f", … ({len(labels)} classes)" if len(labels) > 12 else "")
     text = config["text_backbone"]
+    explained = config["classifier"]
     loads_by_name = backbone["name"] and not backbone["weights_file"] and (text is None or text["name"])
     call = 'ground("image.jpg", "the dog on the left")' if text else 'classify("image.jpg")'
     model = "(image_encoder, text_encoder)" if text else "the_frozen_model"
+    if explained:
+        reads_text = explained["family"] == "hf_bert"
+        call = f'explain("{"a sentence" if reads_text else "image.jpg"}").values  # Shapley value by player and class'
+        model = "the_classifier, tokenizer=its_tokenizer" if reads_text else "the_frozen_model"
     lines = [
         "---",
         "library_name: petl",
@@ -45,6 +50,7 @@ def model_card(config: Mapping[str, Any]) -> str:
             if text
             else []
         ),
+        *([f"| explains | {_classifier(explained)} |"] if explained else []),
         f"| labels | {shown or 'none'} |",
         *(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
         "",
@@ -56,3 +62,12 @@ def model_card(config: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _classifier(record: Mapping[str, Any]) -> str:
+    method, weights = record["method"], record["weights"] or record["weights_bf16"]
+    how = f"with `{method['name']}` `{json.dumps(method['options'])}`" if method else "with a head of its own"
+    return (
+        f"a classifier of {record['classes']} classes, {how}; backbone, adapter and head together SHA-256 "
+        f"`{weights[:16]}`. Its prediction is not changed"
+    )

@@ -11,22 +11,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from petl.adapters import rebuild
 from petl.adapters.artefact import read_config, read_tensors, recover
 from petl.adapters.state import set_trained_tensors
-from petl.backbones import load_backbone, load_text_encoder
+from petl.backbones.base import BackboneView
 from petl.backbones.classifier import Classifier
-from petl.backbones.identity import Identity
 from petl.data.base import read_image
 from petl.data.grounding_transforms import letterbox
 from petl.data.transforms import evaluation_transform
 from petl.errors import PetlError
-from petl.methods.attach import attach, attached, merge, remove
-from petl.methods.base import Method, from_dict
+from petl.methods.attach import attached, merge, remove
+from petl.methods.base import from_dict
+from petl.models.explained import ExplainedClassifier, Inputs, ShapleyExplanation, explain
 from petl.models.grounding import GroundingModel
-from petl.nn.head import Head
 from petl.nn.tokens import tokenize
 
-_HEAD_SIZES = ("image_size", "query_length", "fusion_dim", "fusion_layers", "fusion_heads", "fusion_hidden")
 Picture = str | Path | Image.Image
 
 
@@ -44,8 +43,8 @@ class Prediction:
 
 
 class Predictor:
-    """A loaded adapter. ``model`` is an ordinary module: images (B, 3, H, W) -> logits or features, or a
-    `petl.GroundingModel`."""
+    """A loaded adapter. ``model`` is an ordinary module: images (B, 3, H, W) -> logits or features, a
+    `petl.GroundingModel` or a `petl.ExplainedClassifier`."""
 
     def __init__(self, model: nn.Module, config: dict[str, Any], tokenizer: Any = None) -> None:
         self.model, self.config, self.tokenizer = model.eval(), config, tokenizer
@@ -53,10 +52,18 @@ class Predictor:
 
     @property
     def backbone(self) -> nn.Module:
-        return self.model.backbone if isinstance(self.model, Classifier) else self.model
+        model = self.model.classifier if isinstance(self.model, ExplainedClassifier) else self.model
+        return model.backbone if isinstance(model, Classifier) else model
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether this is a classifier of sentences."""
+        return isinstance(self.model, ExplainedClassifier) and not isinstance(self.model.view, BackboneView)
 
     def _read(self, image: Picture, task: str) -> Image.Image:
-        if self.config["task"] != task:
+        if self.reads_text:
+            raise PetlError("this classifier reads text: pass a sentence, not an image.")
+        if self.config["task"] != task and (self.config["task"], task) != ("explanation", "classification"):
             raise PetlError(f"this adapter was trained for {self.config['task']!r}, not for {task}.")
         if self.config["preprocessing"] is None:
             raise PetlError("this adapter was saved without preprocessing; pass tensors to predictor.model instead.")
@@ -64,7 +71,8 @@ class Predictor:
 
     def preprocess(self, image: Picture) -> Tensor:
         """One image -> (3, H, W), exactly as in evaluation. Raises `PetlError` for a file that is not an image."""
-        return evaluation_transform(self.config["preprocessing"])(self._read(image, "classification"))
+        opened = self._read(image, "classification")
+        return evaluation_transform(self.config["preprocessing"])(opened)
 
     @overload
     def classify(self, images: Picture) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is a Sequence too
@@ -72,7 +80,7 @@ class Predictor:
     def classify(self, images: Sequence[Picture]) -> list[Prediction]: ...
     @torch.inference_mode()
     def classify(self, images: Picture | Sequence[Picture]) -> Prediction | list[Prediction]:
-        """Classify one image, or several in one pass.
+        """Classify one image, or several in one pass; sentences where the classifier reads text.
 
         Args:
             images: a path or a PIL image, or a sequence of them.
@@ -81,15 +89,24 @@ class Predictor:
             PetlError: an unreadable image, or an adapter without a classification head.
         """
         batch: list[Picture] = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
-        x = torch.stack([self.preprocess(image) for image in batch]).to(next(self.model.parameters()).device)
-        out = self.model(x)
-        probabilities = getattr(out, "logits", out).float().softmax(-1).cpu()
+        out = self.model(self._inputs(batch))
+        found = self.predictions(getattr(out, "logits", out))
+        return found[0] if isinstance(images, (str, Path, Image.Image)) else found
+
+    def predictions(self, logits: Tensor) -> list[Prediction]:
+        """Labels and probabilities of logits (B, K)."""
+        probabilities = logits.float().softmax(-1).cpu()
         names = self.labels or [str(i) for i in range(probabilities.shape[1])]
-        found = [
+        return [
             Prediction(names[int(p.argmax())], float(p.max()), dict(zip(names, p.tolist(), strict=True)))
             for p in probabilities
         ]
-        return found[0] if isinstance(images, (str, Path, Image.Image)) else found
+
+    def _inputs(self, batch: Sequence[Picture]) -> Inputs:
+        device = next(self.model.parameters()).device
+        if self.reads_text:
+            return {k: v.to(device) for k, v in self.tokens(batch).items()}
+        return torch.stack([self.preprocess(image) for image in batch]).to(device)
 
     @torch.inference_mode()
     def ground(self, image: Picture, expression: str) -> tuple[float, float, float, float]:
@@ -109,8 +126,43 @@ class Predictor:
         box = model(*(t.to(device) for t in (boxed.image[None], boxed.mask[None], ids, mask)))[0]
         return boxed.to_pixels(box.cpu())
 
+    def explain(self, image: Picture | str) -> ShapleyExplanation:
+        """Prediction and Shapley values of one image, or of a text where the classifier reads text.
+
+        Raises:
+            PetlError: an unreadable image, an empty text, or an adapter that was not trained to explain.
+        """
+        if not isinstance(self.model, ExplainedClassifier):
+            task = self.config["task"]
+            raise PetlError(
+                f"this adapter was trained for {task!r}, not to explain: "
+                + (
+                    "train side networks on it with petl fit --config explain/autognothi --model.classifier DIRECTORY."
+                    if task == "classification"
+                    else "only classifiers are explained."
+                )
+            )
+        if not self.reads_text and isinstance(image, (str, Path)) and not _is_file(image):
+            raise PetlError(f"this classifier looks at images, and there is no file {_short(image)}.")
+        return explain(self.model, self._inputs([image]))
+
+    def tokens(self, text: Any) -> dict[str, Tensor]:
+        """input_ids and attention_mask (B, T) of a text, or of several; what is too long is cut."""
+        texts = list(text) if isinstance(text, (list, tuple)) else [text]
+        for one in texts:
+            if not isinstance(one, str) or not one.strip() or _is_file(one):
+                kind = f"the file {_short(one)}" if isinstance(one, (str, Path)) and _is_file(one) else _short(one)
+                raise PetlError(f"this classifier reads text: pass a sentence, not {kind}.")
+        training, view = self.config["protocol"].get("training"), cast(Any, self.model).view
+        recorded = training.get("max_length") if isinstance(training, dict) else None
+        length = min(n for n in (recorded, view.max_length) if isinstance(n, int))
+        found = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return {k: found[k] for k in ("input_ids", "attention_mask")}
+
     def merge(self) -> nn.Module:
         """Fold the adapter into the backbone, where the method has an exact merge; returns the model."""
+        if isinstance(self.model, ExplainedClassifier):
+            raise PetlError("side networks explain the very classifier that they were trained on: it is not merged.")
         merge(self.backbone)
         return self.model
 
@@ -144,122 +196,40 @@ def load(
     config = read_config(directory)
     tensors = read_tensors(directory, config)
     method = from_dict(config["method"])
-    build = _grounding if config["task"] == "grounding" else _classifier
+    build: Any = {"grounding": rebuild.grounding, "explanation": rebuild.explained}.get(
+        config["task"], rebuild.classifier
+    )
     model, tokenizer = build(directory, config, method, backbone, weights, tokenizer)
     try:
         if isinstance(model, GroundingModel):
-            check_grounding(directory, model, config)
-        else:
+            rebuild.check_grounding(directory, model, config)
+        elif not isinstance(model, ExplainedClassifier):
             inner = model.backbone if isinstance(model, Classifier) else model
-            check_identity(directory, attached(inner).identity, config["backbone"])
+            rebuild.check_identity(directory, attached(inner).identity, config["backbone"])
+        elif backbone is not None and not rebuild.attaches(config, backbone):
+            rebuild.check_explained(directory, model, config)
         set_trained_tensors(model, tensors, str(directory))
+        if isinstance(model, ExplainedClassifier):
+            rebuild.check_explained(directory, model, config)
     except PetlError:
-        remove(model.backbone if isinstance(model, Classifier) else model)
+        if isinstance(model, ExplainedClassifier):
+            model = model.release()
+        if config["task"] != "explanation" or rebuild.attaches(config, backbone):
+            remove(model.backbone if isinstance(model, Classifier) else model)
         raise
     return Predictor(model.to(device), config, tokenizer)
 
 
-def _classifier(
-    directory: Path, config: dict[str, Any], method: Method, backbone: Any, weights: str | Path | None, _: Any
-) -> tuple[nn.Module, None]:
-    if isinstance(backbone, tuple):
-        raise PetlError(f"{directory} was trained for {config['task']!r}: pass one backbone, not a pair.")
-    if backbone is None:
-        record = config["backbone"]
-        backbone = _load_recorded(directory, record, weights)
-        if record.get("own_head_classes") and hasattr(backbone, "reset_classifier"):
-            backbone.reset_classifier(int(record["own_head_classes"]))
-    attach(backbone, method)
-    head = config["head"]
-    if head is None:
-        return backbone, None
+def _is_file(name: str | Path) -> bool:
     try:
-        sizes = _size(head, "in_features"), _size(head, "num_classes")
-        return Classifier(backbone, Head(str(head.get("kind")), *sizes)), None
-    except PetlError:
-        remove(backbone)
-        raise
+        return Path(name).is_file()
+    except OSError:  # a sentence is too long for a name
+        return False
 
 
-def _grounding(
-    directory: Path,
-    config: dict[str, Any],
-    method: Method,
-    backbone: Any,
-    weights: str | Path | None,
-    tokenizer: Any,
-) -> tuple[GroundingModel, Any]:
-    head, text_record = config["head"], config["text_backbone"]
-    if head is None or text_record is None:
-        raise PetlError(f"{directory}: an adapter for grounding has a head and a text_backbone; the file was changed.")
-    options: dict[str, Any] = {k: _size(head, k) for k in _HEAD_SIZES}
-    if not isinstance(head.get("dropout"), (int, float)) or not 0 <= head["dropout"] < 1:
-        raise PetlError(f"{directory}: head.dropout is {head.get('dropout')!r}; the file was changed.")
-    options |= {"dropout": head["dropout"], "norm_first": head.get("norm_first") is True}
-    if backbone is None:
-        vision = _load_recorded(directory, config["backbone"], weights)
-        if not text_record.get("name"):
-            raise PetlError(
-                f"{directory} was saved without a text encoder's name: petl.load(…, backbone=(image, text))."
-            )
-        text, tokenizer = load_text_encoder(str(text_record["name"]))
-    elif isinstance(backbone, tuple) and len(backbone) == 2:
-        vision, text = backbone
-    else:
-        raise PetlError(f"{directory} was trained for grounding: pass backbone=(image encoder, text encoder).")
-    return GroundingModel(vision, text, method, **options), tokenizer
-
-
-def _size(head: dict[str, Any], key: str) -> int:
-    value = head.get(key)
-    most = 100 if key.endswith("layers") else 1_000_000
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < most:
-        raise PetlError(f"adapter_config.json: head.{key} is {value!r}, not a sensible size; the file was changed.")
-    return value
-
-
-def check_grounding(directory: Path, model: GroundingModel, config: dict[str, Any]) -> None:
-    """Raise `PetlError` unless ``model`` has the encoders and the sizes of the adapter."""
-    check_identity(directory, model.petl.vision.identity, config["backbone"], "image encoder")
-    check_identity(directory, model.petl.text.identity, config["text_backbone"] or {}, "text encoder")
-    canvas = (config["preprocessing"] or {}).get("image_size", [model.image_size] * 2)
-    if canvas != [model.image_size] * 2:
-        raise PetlError(f"{directory}: preprocessing gives {canvas} pixels to a model of {model.image_size}.")
-    mine = model.describe()
-    if mine != config["head"]:
-        differing = sorted(k for k in mine if mine[k] != (config["head"] or {}).get(k))
-        raise PetlError(f"{directory} has another vision-language part than the model: {', '.join(differing)} differ.")
-
-
-def check_identity(directory: Path, identity: Identity, record: dict[str, Any], what: str = "backbone") -> None:
-    """Raise `PetlError` unless a frozen network with this identity is the one that ``record`` describes."""
-    try:
-        expected = Identity(**{k: record[k] for k in Identity.__dataclass_fields__})
-    except KeyError as error:
-        raise PetlError(
-            f"{directory}: adapter_config.json has no {what} entry {error}; the file was changed."
-        ) from error
-    difference = expected.difference(identity)
-    if difference:
-        raise PetlError(
-            f"{directory} was trained on {record['name'] or f'a {what} without a name'}, and this {what} is "
-            f"{difference}. An adapter works only on the very weights it was trained on: load those."
-        )
-
-
-def _load_recorded(directory: Path, record: dict[str, Any], weights: str | Path | None) -> Any:
-    if not record.get("name"):
-        raise PetlError(
-            f"{directory} was saved without a backbone name: pass the frozen model, petl.load(…, backbone=model)."
-        )
-    if record.get("weights_file") and weights is None:
-        raise PetlError(
-            f"{directory} was trained on weights from the local file {record['weights_file']!r}: pass its path "
-            "(petl.load(…, weights=…), on the command line --weights) or the model (backbone=…)."
-        )
-    if not isinstance(record.get("args"), dict):
-        raise PetlError(f"{directory}: the backbone's args are not a mapping; the file was changed.")
-    return load_backbone(str(record["name"]), record["args"], weights)
+def _short(given: object) -> str:
+    text = repr(str(given) if isinstance(given, (str, Path)) else given)
+    return text if len(text) <= 80 else f"{text[:78]}…{text[-1]}"
 
 
 def _from_hub(repo: str) -> Path:

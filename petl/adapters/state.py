@@ -8,16 +8,23 @@ from torch import Tensor, nn
 from petl.backbones.classifier import Classifier
 from petl.errors import PetlError
 from petl.methods.attach import attached
+from petl.models.explained import ExplainedClassifier
 from petl.models.grounding import GroundingModel
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Everything that training changed, by module path: parameters that require gradients, and buffers beside them.
 
-    ``model`` is a `Classifier`, a `GroundingModel` or a model with a method attached; the paths of the latter are those
-    inside a `Classifier` (``backbone.petl.blocks.0.down.weight``, ``head.fc.weight``). A tensor shared by several
-    modules appears once.
+    ``model`` is a `Classifier`, a `GroundingModel`, an `ExplainedClassifier` (whose classifier's own trained tensors
+    are among them) or a model with a method attached; the paths of the latter are those inside a `Classifier`
+    (``backbone.petl.blocks.0.down.weight``, ``head.fc.weight``). A tensor shared by several modules appears once.
     """
+    if isinstance(model, ExplainedClassifier):
+        state = model.state_dict()
+        return {
+            k: state[k]
+            for k in (*(f"classifier.{n}" for n in model.carried), *(k for k in state if k.startswith("petl.")))
+        }
     if isinstance(model, GroundingModel):
         prefix, ours = "", ("petl.", "head.", *(("vision.", "text.") if model.petl.trains_backbone else ()))
     else:
@@ -47,3 +54,5 @@ def set_trained_tensors(model: nn.Module, tensors: dict[str, Tensor], source: st
         )
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
+    if isinstance(model, ExplainedClassifier):
+        model.petl.knows_null = bool(model.petl.null.isfinite().all())

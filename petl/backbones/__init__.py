@@ -69,7 +69,7 @@ def _find(model: nn.Module) -> EncoderView | None:
         return HFViT(model)
     if isinstance(model, (hf.CLIPTextModel, hf.CLIPTextModelWithProjection)):
         return HFCLIPText(model)
-    return HFBert(model) if isinstance(model, hf.BertModel) else None
+    return HFBert(model) if isinstance(model, (hf.BertModel, hf.BertForSequenceClassification)) else None
 
 
 def view(model: nn.Module) -> BackboneView:
@@ -85,6 +85,24 @@ def view(model: nn.Module) -> BackboneView:
         f"petl has no view of {_kind(model)}. It knows timm's VisionTransformer, "
         "HF CLIPVisionModel(WithProjection), ViTModel and ViTForImageClassification. To add another network, describe "
         "its blocks in a subclass of petl.backbones.base.BackboneView (see petl/backbones/timm_vit.py, about 80 lines)."
+    )
+
+
+def classifier_view(model: nn.Module) -> EncoderView:
+    """The view of the network inside a classifier: a `petl.Classifier`, a vision model with a head, or BERT with one.
+
+    Raises:
+        PetlError: another network.
+    """
+    from petl.backbones.base import BackboneView
+    from petl.backbones.classifier import Classifier
+
+    found = _find(model.backbone if isinstance(model, Classifier) else model)
+    if isinstance(found, BackboneView) or (found is not None and found.family == "hf_bert" and found.head_modules()):
+        return found
+    raise PetlError(
+        f"{_kind(model)} is no classifier that petl can look into. It knows petl.Classifier, timm's VisionTransformer "
+        "with a head, HF ViTForImageClassification and BertForSequenceClassification."
     )
 
 
@@ -158,6 +176,49 @@ def load_backbone(
     return model.eval()
 
 
+def load_classifier(
+    name: str, args: dict[str, Any] | None = None, weights: str | Path | None = None, pretrained: bool = True
+) -> tuple[nn.Module, Any]:
+    """A trained classifier with its own head by name, and the tokenizer of a text classifier, else None.
+
+    Args:
+        name: ``timm/<model>``, or ``hf/<hub id or local folder>`` of a ViTForImageClassification or
+            BertForSequenceClassification.
+        args: as in `load_backbone`, and ``num_classes``.
+        weights: a ``.safetensors`` file with all of its weights, head included.
+        pretrained: False leaves the weights random.
+
+    Raises:
+        PetlError: as `load_backbone`.
+    """
+    library, _, rest = name.partition("/")
+    args = dict(args or {})
+    if library == "hf":
+        from transformers import AutoTokenizer, BertForSequenceClassification, ViTForImageClassification
+
+        classes = {"vit": ViTForImageClassification, "bert": BertForSequenceClassification}
+        if args or weights:
+            raise PetlError(f"classifier {name!r}: args and weights are for timm models; an HF folder brings its own.")
+        model = _from_hf(name, rest, classes, "vision_config", pretrained)
+        text = isinstance(model, BertForSequenceClassification)
+        return model.eval(), _build(
+            name, lambda: AutoTokenizer.from_pretrained(rest, trust_remote_code=False)
+        ) if text else None
+    if library != "timm":
+        raise PetlError(f"classifier {name!r}: a classifier with its own head is named 'timm/…' or 'hf/…'.")
+    classes_given = args.pop("num_classes", None)
+    for key in args:
+        if key not in TIMM_ARGS:
+            raise PetlError(
+                f"classifier {name!r} takes no argument {key!r}: {nearest(key, [*TIMM_ARGS, 'num_classes'])}"
+            )
+    head = {} if classes_given is None else {"num_classes": classes_given}
+    model = _load_timm(name, rest, args, pretrained and weights is None, head)
+    if weights is not None:
+        _load_weights(model, Path(weights), with_head=True)
+    return model.eval(), None
+
+
 def _build(name: str, construct: Any) -> Any:
     try:
         return construct()
@@ -165,15 +226,18 @@ def _build(name: str, construct: Any) -> Any:
         raise PetlError(f"backbone {name!r} could not be built: {type(error).__name__}: {error}") from error
 
 
-def _load_timm(name: str, rest: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
+def _load_timm(
+    name: str, rest: str, args: dict[str, Any], pretrained: bool, head: dict[str, Any] | None = None
+) -> nn.Module:
+    """``head``: {"num_classes": …}, or empty for the model's own; None = no head."""
     import timm
     from torch import nn
 
     if not timm.is_model(rest.partition(".")[0]):
         known = list_backbones() if "." in rest else {n.partition(".")[0] for n in list_backbones()}
         raise PetlError(f"timm has no model {rest!r}: {nearest(name, known)}")
-    norm_eps = args.pop("norm_eps", None)
-    model = _build(name, lambda: timm.create_model(rest, pretrained=pretrained, num_classes=0, **args))
+    norm_eps, head = args.pop("norm_eps", None), {"num_classes": 0} if head is None else head
+    model = _build(name, lambda: timm.create_model(rest, pretrained=pretrained, **head, **args))
     for module in model.modules():
         if norm_eps is not None and isinstance(module, nn.LayerNorm):
             module.eps = float(norm_eps)
@@ -234,10 +298,10 @@ def _from_hf(name: str, rest: str, classes: dict[str, Any], part: str, pretraine
     return _build(name, lambda: cls(getattr(config, part, config)))
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def _load_weights(model: nn.Module, path: Path, with_head: bool = False) -> None:
     encoder = _find(model)
     assert encoder is not None
-    heads = tuple(f"{h}." for h in encoder.head_names)
+    heads = () if with_head else tuple(f"{h}." for h in encoder.head_names)
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(heads)}
     given = {k: v.float() for k, v in _read_weights(path, encoder.family).items() if not k.startswith(heads)}
     wrong = [k for k in own.keys() & given.keys() if own[k].shape != given[k].shape]

@@ -7,7 +7,7 @@ head. Both an fp32 and a bf16 digest are kept, so that a base loaded in bf16 can
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -60,7 +60,12 @@ def _digest(tensors: list[tuple[str, Tensor]], cast: Callable[[Tensor], Tensor])
 def identify(view: EncoderView) -> Identity:
     """The identity of the backbone under ``view``; what petl added to it and its classification head do not count."""
     named: Iterable[tuple[str, Tensor]] = view.model.state_dict().items()
-    tensors = sorted((n, t) for n, t in named if view.is_backbone(n))
+    return identify_all(view.family, {n: t for n, t in named if view.is_backbone(n)})
+
+
+def identify_all(family: str, state: Mapping[str, Tensor]) -> Identity:
+    """The identity of all of these tensors."""
+    tensors = sorted(state.items())
     if any(t.is_meta for _, t in tensors):
         raise PetlError("the backbone has no weights yet (it lies on the meta device): load them before petl.attach.")
     structure = "\n".join(f"{n} {tuple(t.shape)}" for n, t in tensors)
@@ -71,7 +76,7 @@ def identify(view: EncoderView) -> Identity:
         return lambda t: t.to(dtype) if t.is_floating_point() else t.to(torch.int64)
 
     return Identity(
-        family=view.family,
+        family=family,
         structure=hashlib.sha256(structure.encode()).hexdigest(),
         weights=_digest(tensors, to(torch.float32)) if full else None,
         weights_bf16=_digest(tensors, to(torch.bfloat16)),

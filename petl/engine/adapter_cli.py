@@ -29,13 +29,13 @@ def info(args: Sequence[str]) -> None:
         return
     protocol: dict[str, Any] = config["protocol"]
     data, training, base = protocol.get("data") or {}, protocol.get("training") or {}, config["backbone"]
-    options = ", ".join(f"{k}={v}" for k, v in config["method"]["options"].items() if v is not None)
     labels = config["labels"] or []
     rows = {
         "adapter": f"{given.adapter} (schema {config['schema']}, petl {config['petl_version']})",
-        "method": f"{config['method']['name']} ({options})",
+        "method": _method(config["method"]),
         "backbone": _encoder(base),
         **({"text": _encoder(config["text_backbone"])} if config["text_backbone"] else {}),
+        **({"explains": _classifier(config["classifier"])} if config["classifier"] else {}),
         "trained": f"{config['tensors']['parameters']:,} parameters in {len(tensors)} tensors, "
         f"{config['tensors']['bytes'] / 2**20:.2f} MiB",
         "task": config["task"]
@@ -50,13 +50,25 @@ def info(args: Sequence[str]) -> None:
         print(f"{key:<10} {value}")
 
 
+def _method(record: dict[str, Any]) -> str:
+    options = ", ".join(f"{k}={v}" for k, v in record["options"].items() if v is not None)
+    return f"{record['name']} ({options})" if options else record["name"]
+
+
+def _classifier(record: dict[str, Any]) -> str:
+    """What an explanation explains; the digest is of backbone, adapter and head together."""
+    method, weights = record["method"], (record["weights"] or record["weights_bf16"])[:16]
+    how = _method(method) if method else "a head of its own"
+    return f"a classifier of {record['classes']} classes with {how}, whole weights {weights}"
+
+
 def _encoder(record: dict[str, Any]) -> str:
     weights = (record["weights"] or record["weights_bf16"])[:16]
     return f"{record['name'] or 'not named'}, {record['parameters']:,} parameters, weights {weights}"
 
 
-def _picture(name: str) -> Path:
-    """A file that a picture can be written to."""
+def picture_file(name: str) -> Path:
+    """A file that a picture can be written to; the type of --out."""
     file = Path(name)
     if file.suffix.lower() not in PICTURES or file.is_dir():
         raise PetlError(f"--out {name}: a picture is a file that ends in {', '.join(PICTURES)}.")
@@ -72,7 +84,7 @@ def ground(args: Sequence[str]) -> None:
         "expression", nargs="+", help='what to look for, e.g. "the red bus on the left"; several in turn'
     )
     parser.add_argument("--weights", type=Path, help="image encoder weights, where they came from a local file")
-    parser.add_argument("--out", type=_picture, default=Path("grounded.png"), help="picture to write")
+    parser.add_argument("--out", type=picture_file, default=Path("grounded.png"), help="picture to write")
     given = parser.parse_args(args)
     import torch
     from torchvision.ops import box_convert
@@ -108,7 +120,7 @@ def classify(args: Sequence[str]) -> None:
     parser.add_argument("images", nargs="+", type=Path)
     parser.add_argument("--weights", type=Path, help="backbone weights, where the adapter was trained on a local file")
     parser.add_argument("--top", type=int, default=3, help="classes to print")
-    parser.add_argument("--out", type=_picture, default=Path("classified.png"), help="picture to write")
+    parser.add_argument("--out", type=picture_file, default=Path("classified.png"), help="picture to write")
     given = parser.parse_intermixed_args(list(args))
     missing = [str(p) for p in given.images if not p.is_file()]
     if missing:
@@ -125,13 +137,17 @@ def classify(args: Sequence[str]) -> None:
         print(f"{path}: " + ", ".join(f"{label} {p:.1%}" for label, p in prediction.top(given.top)))
     shown = given.images[:12]
     x = torch.stack([predictor.preprocess(p) for p in shown])
-    _, masks = kept_patches(predictor.backbone, predictor.model, x)
     preprocessing: Any = predictor.config["preprocessing"]
+    masks: list[Any] = []
+    events: Sequence[int] = ()
+    if predictor.config["task"] == "classification":  # a classifier that explains itself keeps every token
+        _, masks = kept_patches(predictor.backbone, predictor.model, x)
+        events = getattr(attached(predictor.backbone), "events", ())
     try:
         token_grid(
             unnormalise(x, preprocessing["mean"], preprocessing["std"]),
             masks,
-            getattr(attached(predictor.backbone), "events", ()),
+            events,
             [f"{p.label} {p.probability:.0%}" for p in predictions[:12]],
             None,
             given.out,

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from petl.adapters.artefact import save
-from petl.adapters.predictor import check_identity
+from petl.adapters.rebuild import check_identity
 from petl.backbones import load_backbone
 from petl.backbones.classifier import Classifier
 from petl.errors import PetlError, nearest

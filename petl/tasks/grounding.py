@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from petl.adapters.artefact import save
-from petl.adapters.predictor import check_grounding
+from petl.adapters.rebuild import check_grounding
 from petl.backbones import load_backbone, load_text_encoder
 from petl.errors import PetlError
 from petl.methods.base import Method

@@ -15,7 +15,7 @@ from PIL import Image
 
 import petl
 from petl.adapters import artefact
-from petl.adapters.predictor import check_grounding
+from petl.adapters.rebuild import check_grounding
 from petl.adapters.state import trained_tensors
 from petl.backbones import bundled
 from tests.adapters.test_artefact import base, edit, trained
@@ -61,7 +61,7 @@ def picture(width: int, height: int) -> Image.Image:
 
 def test_the_pair_is_found_again_by_name(adapter: Path) -> None:
     config = config_of(adapter)
-    assert (config["schema"], config["task"]) == (2, "grounding")
+    assert (config["schema"], config["task"]) == (artefact.SCHEMA, "grounding")
     assert (config["backbone"]["name"], config["text_backbone"]["name"]) == (VISION, TEXT)
     assert (config["backbone"]["family"], config["text_backbone"]["family"]) == ("timm_vit", "hf_clip_text")
     assert config["method"] == {"name": "m2ist", "options": {**petl.M2IST().to_dict()["options"], **SMALL}}

@@ -30,6 +30,7 @@ def vision(pretrained: bool = True, num_classes: int = 0, **overrides: Any) -> V
     the projection into the joint space of the two towers.
     """
     from safetensors.torch import load_file
+    from timm.layers import resample_abs_pos_embed
     from timm.models.vision_transformer import VisionTransformer
 
     shape = {"img_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
@@ -42,6 +43,7 @@ def vision(pretrained: bool = True, num_classes: int = 0, **overrides: Any) -> V
             state = {k: v for k, v in state.items() if not k.startswith("head.")} | {
                 k: v for k, v in model.state_dict().items() if k.startswith("head.")
             }
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], model.patch_embed.grid_size)
         model.load_state_dict(state, strict=True)
     return model
 
