@@ -47,10 +47,19 @@ def test_notebook_runs(file: Path, tmp_path: Path) -> None:
         assert all(abs(float(a) - float(b)) < 6 for a, b in zip(box.split(), truth.split(), strict=True))
         assert "this text encoder is the right architecture with other weights" in printed  # the wrong pair is refused
         assert len(pictures(notebook)) == 2  # boxes on eight scenes, and the scene that was grounded
+    if file.stem == "03_explain":
+        assert "same logits, bit for bit: True" in printed
+        assert float(printed.partition("v(1) - v(0): ")[2].split()[0]) <= 1e-6
+        pearson = float(re.findall(r"autognothi +.*pearson ([-\d.]+)", printed)[0])
+        assert pearson > 0.9  # with the exact values
+        insertion = {k: float(v) for k, v in re.findall(r"^(\S.*?) +insertion ([-\d.]+)", printed, re.MULTILINE)}
+        assert insertion["autognothi"] == max(insertion.values())
+        assert "this classifier is the right architecture with other weights" in printed
+        assert len(pictures(notebook)) == 1
 
 
 def test_there_are_notebooks_without_outputs() -> None:
-    assert [f.stem for f in NOTEBOOKS] == ["01_quickstart", "02_grounding"]
+    assert [f.stem for f in NOTEBOOKS] == ["01_quickstart", "02_grounding", "03_explain"]
     for file in NOTEBOOKS:
         notebook = nbformat.read(file, as_version=4)
         nbformat.validate(notebook)

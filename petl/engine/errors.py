@@ -73,6 +73,7 @@ _UNKNOWN = re.compile(
 )
 _CLASS = re.compile(r"(?:Problem with given class_path '([\w.]+)'|Expected a dot import path string: (\S+))")
 _VALUE = re.compile(r"Expected an? (.+?)\. Got value: (.*?)(?= - Expected|$)")
+TASKS = ("petl.Classification", "petl.Grounding", "petl.Explanation")
 _TOP = ("run_dir", "overwrite", "select", "checkpoint_every", "seed_everything", "ckpt_path", "config", "model", "data")
 
 
@@ -133,7 +134,7 @@ def _classes(path: str) -> list[str]:
 
     if path.endswith("method"):
         return [f"petl.{e.cls}" for e in entries().values()]
-    return [f"petl.data.{n}" for n in data.__all__] if path == "data" else ["petl.Classification", "petl.Grounding"]
+    return [f"petl.data.{n}" for n in data.__all__] if path == "data" else list(TASKS)
 
 
 def underlying(error: BaseException) -> PetlError | None:
