@@ -1,4 +1,4 @@
-"""Explanations of one classifier compared: train AutoGnothi on it, evaluate it beside every baseline, draw the pictures.
+"""Explanations of one classifier compared: train AutoGnothi on it, evaluate it beside every baseline, draw maps.
 
     python recipes/explain_table.py --out runs/explain_table                       (the quickstart's digits)
     python recipes/explain_table.py --out runs/real -- --model.classifier DIRECTORY --data.root IMAGES …
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/explain_table"))
     parser.add_argument("--count", type=int, default=3, help="best and worst images to draw, each")
     parser.add_argument("--candidates", type=int, default=100, help="test images to choose them from")
+    parser.add_argument("--maps_only", action="store_true", help="leave the pictures out, where they may not be shown")
     parser.add_argument("rest", nargs="*", help="overrides of the config, after --")
     args = parser.parse_args()
     from petl.cli import find_config
@@ -106,6 +107,7 @@ def main() -> None:
     shown = unnormalise(images, data.preprocessing["mean"], data.preprocessing["std"]).clamp(0, 1)
     model: Any = cli.model
     with torch.no_grad():
+        shown = torch.ones_like(shown) if args.maps_only else shown
         comparison(model.model.cpu(), images, shown, model.labels, args.count, args.out / "comparison.png")
     print(f"\n{args.out / 'table.md'}, {args.out / 'comparison.png'}")
 

@@ -21,6 +21,7 @@ from petl.errors import PetlError, nearest
 from petl.nn.linear import Linear
 
 FORMS = ("sum", "gate")
+KERNEL_WIDTH = 16  # the CPU's fused attention takes 2.5 times as long on narrower heads; zeros do not change the result
 TEMPERATURE = 0.1  # of the gates: they move ten times faster than α
 
 
@@ -49,7 +50,10 @@ class SideBlock(nn.Module):
             seen = keep[:, None] if keep.ndim == 2 else keep
             seen = seen | ~seen.any(-1, keepdim=True)  # a row that sees nothing is not read; this keeps it finite
             mask = seen[:, None]  # (B, 1, 1 or T, T)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        size = q.shape[-1]
+        if size < KERNEL_WIDTH and x.shape[1] > 64 and x.device.type == "cpu" and not torch.is_grad_enabled():
+            q, k, v = (F.pad(t, (0, KERNEL_WIDTH - size)) for t in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=size**-0.5)[..., :size]
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def ffn(self, x: Tensor) -> Tensor:

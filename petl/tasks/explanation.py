@@ -14,14 +14,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from petl.adapters.artefact import save
-from petl.adapters.rebuild import check_explained
 from petl.backbones.base import BackboneView
+from petl.backbones.players import Players
 from petl.errors import PetlError, nearest
 from petl.methods.autognothi import AutoGnothi
 from petl.methods.base import Method
@@ -31,7 +30,7 @@ from petl.models.explanation_metrics import evaluate
 from petl.models.games import Game, tabulate
 from petl.nn.shapley import expected_loss, kernel_masks, shapley_loss, threshold_masks, uniform_size_masks
 from petl.tasks.base import FrozenTask
-from petl.tasks.source import ClassifierSource
+from petl.tasks.source import ClassifierSource, rank_zero_print
 
 STAGES = ("head", "surrogate", "explainer")
 TABLE = 12  # players up to which the game of every training input may be tabulated
@@ -87,25 +86,25 @@ class Explanation(FrozenTask):
         self.require_non_negative(
             head_lr=head_lr, surrogate_lr=surrogate_lr, head_epochs=head_epochs, min_agreement=min_agreement
         )
+        if min_agreement > 1:
+            raise PetlError(f"Explanation(min_agreement={min_agreement}): it is a share, 1 at most.")
+        if test_inputs is not None and test_inputs < 1:
+            raise PetlError(f"Explanation(test_inputs={test_inputs}): 1 or more, or null for all.")
         method = method or AutoGnothi()
         if not isinstance(method, AutoGnothi):
             raise PetlError(f"petl.Explanation trains petl.AutoGnothi, not {type(method).__name__}.")
         if surrogate_epochs < 1:
-            raise PetlError(
-                f"Explanation(surrogate_epochs={surrogate_epochs}): the explainer needs a surrogate: 1 or more."
-            )
-        names = (
-            list(ATTRIBUTIONS) if baselines is None else ["autognothi", *(b for b in baselines if b != "autognothi")]
-        )
+            raise PetlError(f"Explanation(surrogate_epochs={surrogate_epochs}): 1 or more, the explainer needs it.")
+        names = [*ATTRIBUTIONS] if baselines is None else [*dict.fromkeys(["autognothi", *baselines])]
         for name in names:
             if name not in ATTRIBUTIONS:
                 raise PetlError(f"Explanation(baselines): {name!r}: {nearest(name, ATTRIBUTIONS)}")
         self.method, self.attributions, self.test_inputs = method, names, test_inputs
         self.epochs = {"head": head_epochs, "surrogate": surrogate_epochs}
         self.lrs = {"head": head_lr, "surrogate": surrogate_lr, "explainer": lr}
-        self.min_agreement, self.max_length, self.pretrained = min_agreement, max_length, pretrained
+        self.min_agreement, self.pretrained = min_agreement, pretrained
         self.source = ClassifierSource(
-            classifier, dict(backbone_args or {}), weights, pretrained, tokenizer, head_epochs > 0
+            classifier, dict(backbone_args or {}), weights, pretrained, tokenizer, head_epochs > 0, max_length
         )
         self.labels: list[str] | None = self.source.labels
         self.gate: dict[str, float] = {}  # what the surrogate was worth when the explainer started
@@ -116,38 +115,42 @@ class Explanation(FrozenTask):
     def preprocessing(self) -> dict[str, Any]:
         """What an image classifier expects: input_size (3, H, W), mean, std, interpolation. Read by data modules."""
         view = self.source.view
-        return view.preprocessing if isinstance(view, BackboneView) else {}
+        if not isinstance(view, BackboneView):
+            raise PetlError("this classifier reads text, and this data has images: use petl.data.Sentences.")
+        return view.preprocessing
 
     def setup(self, stage: str) -> None:
-        if hasattr(self, "model"):
-            return
-        classes = getattr(self.data, "num_classes", None)
-        labels = getattr(self.data, "labels", None)
-        with torch.random.fork_rng(devices=[]):  # the same side networks whatever was drawn before
-            torch.manual_seed(self.seed)
-            self.model: ExplainedClassifier = self.source.explained(self.method, classes)
-        if self.epochs["head"] or self.labels is None:
-            self.labels = list(labels or map(str, range(self.model.petl.classes)))
-        if classes not in (None, self.model.petl.classes):
-            raise PetlError(f"the data has {classes} classes, the classifier {self.model.petl.classes}.")
-        if labels is not None and list(labels) != self.labels:
-            rank_zero_print(
-                f"classes of the data {list(labels)[:5]} are named otherwise by the classifier: its names are kept."
-            )
-        if stage == "fit" and "val" not in getattr(self.data, "splits", {"val": ()}):
+        if not hasattr(self, "model"):
+            with torch.random.fork_rng(devices=[]):  # the same side networks whatever was drawn before
+                torch.manual_seed(self.seed)
+                built = self.source.explained(self.method, self.data)
+            self.model: ExplainedClassifier = built
+            self.labels = self.source.labels
+        if stage == "fit":
+            self._check_plan()
+            for parameter in self.tensors("head"):  # now: DDP synchronises what requires a gradient before training
+                parameter.requires_grad_(True)
+
+    def _check_plan(self) -> None:
+        head, surrogate, trainer = *self.epochs.values(), self.trainer
+        if "val" not in getattr(self.data, "splits", {"val": ()}):
             raise PetlError("the surrogate is judged on validation data before the explainer starts: add a val split.")
-        if stage == "fit" and (self.trainer.max_epochs or 0) <= sum(self.epochs.values()):
+        if trainer.max_steps > 0:
+            raise PetlError("stages are whole epochs: trainer.max_epochs ends them, not trainer.max_steps.")
+        if (trainer.max_epochs or 0) <= head + surrogate:
             raise PetlError(
-                f"trainer.max_epochs={self.trainer.max_epochs} leaves no epoch for the explainer after "
-                f"{self.epochs['head']} of the head and {self.epochs['surrogate']} of the surrogate."
+                f"trainer.max_epochs={trainer.max_epochs} leaves no epoch for the explainer after {head} of the head "
+                f"and {surrogate} of the surrogate."
             )
+        if any(getattr(callback, "select", "") == "best" for callback in getattr(trainer, "callbacks", ())):
+            raise PetlError("select: best is for a classifier's val/acc; an explainer is that of the last epoch.")
 
     # ---- stages
 
     def stage(self) -> str:
-        """The stage of the current epoch."""
-        head, surrogate = self.epochs["head"], self.epochs["surrogate"]
-        epoch = self.current_epoch
+        """The stage of the current epoch of a training, the last one outside of it."""
+        head, surrogate = self.epochs.values()
+        epoch = self.current_epoch if self.trainer.state.fn == "fit" else head + surrogate
         return "head" if epoch < head else "surrogate" if epoch < head + surrogate else "explainer"
 
     def tensors(self, stage: str) -> list[nn.Parameter]:
@@ -157,8 +160,6 @@ class Explanation(FrozenTask):
         return list(cast(Any, self.model.classifier).head.parameters()) if self.epochs["head"] else []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        for parameter in self.tensors("head"):
-            parameter.requires_grad_(True)
         per_epoch, epochs = self._total_steps() / max(1, self.trainer.max_epochs or 1), dict(self.epochs)
         epochs["explainer"] = max(1, (self.trainer.max_epochs or 1) - sum(epochs.values()))
         groups, factors, first = [], [], 0.0
@@ -181,9 +182,7 @@ class Explanation(FrozenTask):
         """Measure the surrogate on the validation data, say so, and stop where it is too bad to be explained."""
         rows = []
         for batch in self.data.evaluation_loader("val", whole=True):
-            x = self.inputs(batch)
-            kl, agrees = self._surrogate_errors(x, batch["index"])
-            rows.append(torch.stack([kl, agrees]))
+            rows.append(torch.stack(self._surrogate_errors(self.inputs(batch), batch["index"])))
         kl, agreement = torch.cat(rows, 1).mean(1).tolist()
         count = sum(r.shape[1] for r in rows)
         self.gate = {"kl": kl, "agreement": agreement, "inputs": count}
@@ -214,17 +213,8 @@ class Explanation(FrozenTask):
     # ---- steps
 
     def inputs(self, batch: dict[str, Any]) -> Inputs:
-        """What the classifier takes of a batch: images, or tokens of its texts."""
-        if "image" in batch:
-            return batch["image"].to(self.device)
-        if "text" not in batch or self.source.tokenizer is None:
-            raise PetlError(
-                f"{self.data.name} has no {'images' if self.source.tokenizer is None else 'texts'} to explain."
-            )
-        tokens = self.source.tokenizer(
-            batch["text"], padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
-        return {k: tokens[k].to(self.device) for k in ("input_ids", "attention_mask")}
+        """What the classifier takes of a batch, on its device: images, or tokens of texts."""
+        return self.source.inputs(batch, self.device, self.data)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         x, stage = self.inputs(batch), self.stage()
@@ -247,30 +237,18 @@ class Explanation(FrozenTask):
                     parameter.grad = None  # no step, whatever weight decay and moments would do
 
     def _kl(self, x: Inputs, coalition: Tensor) -> Tensor:
-        """KL(f(x) || g(x_S)) per input (B,); for sigmoid links the sum over the labels."""
-        target = self.model.read(x)[0].float()
-        found = self.model.surrogate_logits(x, coalition).float()
-        if self.method.link == "softmax":
-            return F.kl_div(found.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-        p = target.sigmoid()
-        cross = F.binary_cross_entropy_with_logits(found, p, reduction="none")
-        return (cross - F.binary_cross_entropy(p, p, reduction="none")).sum(-1)
+        return divergence(self.model.logits(x).detach(), self.model.surrogate_logits(x, coalition), self.method.link)
 
     @torch.no_grad()
     def _surrogate_errors(self, x: Inputs, indices: Tensor) -> tuple[Tensor, Tensor]:
         """KL on one coalition per input, the same at every call, and agreement on the full input, (B,) each."""
-        players = self.model.players(x)
-        masks = [
-            uniform_size_masks(players.counts[i : i + 1].cpu(), _fixed(n), players.most) for i, n in enumerate(indices)
-        ]
+        players, predicted = self.model.players(x), self.model.logits(x)
         full = self.model.surrogate_logits(x, players.valid)
-        predicted = self.model.read(x)[0]
-        same = (
-            full.argmax(-1) == predicted.argmax(-1)
-            if self.method.link == "softmax"
-            else ((full > 0) == (predicted > 0)).all(-1)
-        )
-        return self._kl(x, torch.cat(masks).to(self.device)), same.float()
+        if self.method.link == "softmax":
+            same = full.argmax(-1) == predicted.argmax(-1)
+        else:
+            same = ((full > 0) == (predicted > 0)).all(-1)
+        return self._kl(x, _fixed_masks(players, indices, uniform_size_masks)), same.float()
 
     def _explainer_loss(self, x: Inputs, batch: dict[str, Any]) -> Tensor:
         games = self._tabulated()
@@ -306,22 +284,16 @@ class Explanation(FrozenTask):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         x, stage = self.inputs(batch), self.stage()
-        if stage == "head":
-            logits = self.model.logits(x).float()
-            self._mean("val/loss", F.cross_entropy(logits, batch["label"], reduction="none"))
-            self._mean("val/acc", (logits.argmax(-1) == batch["label"]).float())
-        elif stage == "surrogate":
+        if self.epochs["head"]:  # in later stages too: what a run records must not depend on where it was resumed
+            self._mean("val/acc", (self.model.logits(x).argmax(-1) == batch["label"]).float())
+        if stage != "head":
             kl, agrees = self._surrogate_errors(x, batch["index"])
             self._mean("val/kl", kl)
             self._mean("val/agreement", agrees)
-        else:
+        if stage == "explainer":
             players = self.model.players(x)
-            masks = [
-                kernel_masks(players.counts[i : i + 1].cpu(), self.method.subsets, _fixed(n), players=players.most)
-                for i, n in enumerate(batch["index"])
-            ]
-            loss = self._sampled_loss(x, torch.cat(masks).to(self.device))
-            self._mean("val/loss", loss.expand(len(players.counts)))
+            masks = _fixed_masks(players, batch["index"], lambda n, g: kernel_masks(n, self.method.subsets, g))
+            self._mean("val/loss", self._sampled_loss(x, masks).expand(len(players.counts)))
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         chosen = batch["index"] < (self.test_inputs or 10**12)
@@ -329,10 +301,26 @@ class Explanation(FrozenTask):
             return
         x = self.inputs({k: [t for t, c in zip(v, chosen) if c] if isinstance(v, list) else v[chosen]
                          for k, v in batch.items()})  # fmt: skip
-        found = evaluate(self.model, x, self.attributions, _fixed(batch["index"][0]))
+        found = evaluate(self.model, x, self.attributions, torch.Generator().manual_seed(int(batch["index"][0])))
         for name, numbers in found.items():
             for metric, values in numbers.items():
                 self._mean(f"test/{name}/{metric}", values[~values.isnan()])
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list[Any]]:
+        """Predicted class of each input, its probability, and the values of the players for it."""
+        found, names = self.model.explain(self.inputs(batch)), self.labels or []
+        best = self.model.link(found.logits).max(-1)
+        chosen = best.indices.tolist()
+        return {
+            "index": batch["index"].tolist(),
+            "prediction": chosen,
+            "label": [names[c] for c in chosen],
+            "probability": [f"{p:.6f}" for p in best.values.tolist()],
+            "values": [
+                " ".join(f"{v:.6f}" for v in values[:n, c].tolist())
+                for values, n, c in zip(found.values, found.players.counts.tolist(), chosen, strict=True)
+            ],
+        }
 
     def on_test_epoch_end(self) -> None:
         for name in SHAPLEY:
@@ -353,16 +341,13 @@ class Explanation(FrozenTask):
 
     # ---- record and adapter
 
-    def decay_in_words(self) -> str:
-        return "cosine to 0 in each stage"
-
     def protocol(self) -> dict[str, Any]:
         return super().protocol() | {
             "schedule": f"per stage: linear warm-up over {100 * WARMUP:g} % of its steps, cosine to 0",
             "stages": dict(self.epochs),
             "learning_rates": dict(self.lrs),
             "surrogate": dict(self.gate),
-            "max_length": self.max_length,
+            "max_length": self.source.max_length,
             "pretrained": self.pretrained,
         }
 
@@ -379,13 +364,17 @@ class Explanation(FrozenTask):
 
     def check_adapter(self, directory: Path, config: dict[str, Any]) -> None:
         """Raise `PetlError` where the adapter of ``config`` explains another classifier."""
-        if not self.source.trains_head:  # a trained head comes with the adapter
-            check_explained(directory, self.model, config)
+        self.source.check(directory, self.model, config)
 
 
-@rank_zero_only
-def rank_zero_print(text: str) -> None:
-    print(text, flush=True)
+def divergence(target: Tensor, found: Tensor, link: str) -> Tensor:
+    """KL(f || g) of logits (B, C) of f and g: of the softmaxes, or summed over labels of two outcomes each; (B,)."""
+    target, found = target.float(), found.float()
+    if link == "softmax":
+        return F.kl_div(found.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    p = target.sigmoid()
+    cross, entropy = (F.binary_cross_entropy_with_logits(x, p, reduction="none") for x in (found, target))
+    return (cross - entropy).sum(-1)
 
 
 def _schedule(first: int, length: int) -> Callable[[int], float]:
@@ -403,6 +392,7 @@ def _schedule(first: int, length: int) -> Callable[[int], float]:
     return factor
 
 
-def _fixed(index: Tensor | int) -> torch.Generator:
-    """The generator of one input in evaluation: the same masks at every call."""
-    return torch.Generator().manual_seed(int(index))
+def _fixed_masks(players: Players, indices: Tensor, draw: Callable[[Tensor, torch.Generator], Tensor]) -> Tensor:
+    """Coalitions that depend on an input's index and its number of players alone, for all inputs of a batch."""
+    drawn = [draw(n[None], torch.Generator().manual_seed(i)) for n, i in zip(players.counts.cpu(), indices.tolist())]
+    return torch.cat([F.pad(masks, (0, players.most - masks.shape[-1])) for masks in drawn]).to(players.of.device)
