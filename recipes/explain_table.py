@@ -103,7 +103,10 @@ def main() -> None:
     (args.out / "table.md").write_text(text + "\n")
     data: Any = cli.datamodule
     batches = [batch["image"] for batch in data.evaluation_loader(data.test_split, whole=True)]
-    images = torch.cat(batches)[: args.candidates]
+    images = torch.cat(batches)
+    images = images[:: max(1, len(images) // args.candidates)][
+        : args.candidates
+    ]  # from every class: files lie by class
     shown = unnormalise(images, data.preprocessing["mean"], data.preprocessing["std"]).clamp(0, 1)
     model: Any = cli.model
     with torch.no_grad():

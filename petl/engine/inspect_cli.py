@@ -36,19 +36,33 @@ def _sections(args: Sequence[str], *wanted: str) -> Any:
         return parser.instantiate_classes(config)
 
 
+def _report_explanation(task: Any, data: Any) -> None:
+    """What is trained beside a classifier to explain it."""
+    model = task.source.explained(task.method, data)
+    frozen = sum(p.numel() for p in model.classifier.parameters())
+    surrogate, explainer = task.method.explainer_parameter_count(model.view, model.petl.classes)
+    print(f"method      {task.method.name} beside a {model.view.family} classifier of {model.petl.classes} classes")
+    parts = [f"{n:,} in the {name} ({100 * n / frozen:.2f} %)" for name, n in
+             (("surrogate", surrogate), ("explainer", explainer))]  # fmt: skip
+    print(f"parameters  {' + '.join(parts)} beside the classifier's {frozen:,}")
+
+
 def report(args: Sequence[str]) -> None:
     """Print parameters, compute and memory of a config's model."""
     from petl.backbones.classifier import Classifier
     from petl.costs import report as count
-    from petl.data.base import ImageDataModule
+    from petl.data.base import LabelledDataModule
 
     sections = _sections(args, "model", "data")
     task, data = sections.model, sections.data
+    if isinstance(data, LabelledDataModule) and not hasattr(data, "num_classes"):
+        data.read()  # the lists of the data set say how many classes there are
+    if hasattr(task, "source"):
+        _report_explanation(task, data)
+        return
     if not hasattr(task, "backbone"):  # grounding: the model is whole without the data
         print(count(task.model))
         return
-    if isinstance(data, ImageDataModule) and not hasattr(data, "num_classes"):
-        data.read()  # the lists of the data set say how many classes there are
     classes = getattr(data, "num_classes", None) or getattr(task, "num_classes", None)
     model = task.backbone
     if classes:

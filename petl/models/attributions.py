@@ -323,13 +323,13 @@ def kernelshap(
     Args:
         model, x, classes, generator: as everywhere here.
         subsets: evaluations per input beside v(none) and v(all), paired draws from the Shapley kernel; None = as many
-            as the explainer's training takes of one input in one step. Where all proper coalitions are no more than
-            that, each is taken once and the result is exact.
+            as the explainer's training takes of one input in one step, but 32 at least. Where all proper coalitions are
+            no more than that, each is taken once and the result is exact.
 
     Raises:
         PetlError: an odd number of draws.
     """
-    players, budget = model.players(x), model.method.subsets if subsets is None else subsets
+    players, budget = model.players(x), max(BUDGET, model.method.subsets) if subsets is None else subsets
     found = torch.zeros(len(players.counts), players.most, device=players.of.device)
     for n, rows in by_count(players):
         if n == 0:
@@ -369,6 +369,7 @@ ATTRIBUTIONS: dict[str, Attribution] = {
     "rise": rise,
     "kernelshap": kernelshap,
 }
+BUDGET = 32  # evaluations of KernelSHAP at least
 SHAPLEY = ("autognothi", "kernelshap")  # these estimate Shapley values of the surrogate, so there is a truth
 
 

@@ -266,3 +266,14 @@ def test_bad_input(petl: Petl, folder: Path, tmp_path: Path, name: str) -> None:
     assert message in said
     assert said.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["vocab.txt", "x.png"], "nothing is written"
+
+
+def test_report_counts_the_side_networks(capsys: pytest.CaptureFixture[str]) -> None:
+    from petl.cli import main
+
+    assert main(["report", "--config", "quickstart/explain", "--model.method.reduction", "8"]) == 0
+    printed = capsys.readouterr().out
+    e = 128 // 8
+    ladder = 12 * (128 * e + e + 12 * e * e + 13 * e) + 2 * e
+    assert f"{ladder + 10 * e + 10:,} in the surrogate" in printed
+    assert "2,407,818" in printed  # the bundled ViT at 32 pixels, and its head

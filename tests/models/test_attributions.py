@@ -352,6 +352,7 @@ def test_kernelshap_on_all_coalitions_is_exact(images: Tensor) -> None:
 
 
 def test_kernelshap_takes_the_budget_of_a_training_input(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(A, "BUDGET", 2)
     model = vision(subsets=6)
     asked, values = recorded(model, monkeypatch), model.values
     phi = A.kernelshap(model, images, torch.zeros(3, dtype=torch.long), seeded())
