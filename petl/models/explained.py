@@ -296,7 +296,7 @@ class _Recomputed:
         return checkpoint(self.reader.step, index, z, h, keep, use_reentrant=False, preserve_rng_state=False)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def explain(model: nn.Module, x: Inputs) -> ShapleyExplanation:
     """Prediction and Shapley values of a trained `petl.ExplainedClassifier` for a batch.
 

@@ -51,7 +51,7 @@ class SideBlock(nn.Module):
             seen = seen | ~seen.any(-1, keepdim=True)  # a row that sees nothing is not read; this keeps it finite
             mask = seen[:, None]  # (B, 1, 1 or T, T)
         size = q.shape[-1]
-        if size < KERNEL_WIDTH and x.shape[1] > 64 and x.device.type == "cpu" and not torch.is_grad_enabled():
+        if size < KERNEL_WIDTH and x.shape[1] > 64 and x.device.type == "cpu" and torch.is_inference_mode_enabled():
             q, k, v = (F.pad(t, (0, KERNEL_WIDTH - size)) for t in (q, k, v))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=size**-0.5)[..., :size]
         return self.out(attended.transpose(1, 2).flatten(2))

@@ -48,10 +48,12 @@ def confident() -> nn.Module:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Explanation, Made, dict[str, float]]:
     data = Made(quadrants, train=128)
-    module = task(confident(), surrogate_epochs=12, surrogate_lr=1e-2, lr=1e-2)
-    fit = trainer(tmp_path_factory.mktemp("fit"), max_epochs=36, check_val_every_n_epoch=12)
-    fit.fit(module, data)
-    [found] = fit.test(module, data, verbose=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PL_GLOBAL_SEED", "0")  # whatever a test before has left
+        module = task(confident(), surrogate_epochs=12, surrogate_lr=1e-2, lr=1e-2)
+        fit = trainer(tmp_path_factory.mktemp("fit"), max_epochs=36, check_val_every_n_epoch=12)
+        fit.fit(module, data)
+        [found] = fit.test(module, data, verbose=False)
     return module, data, found
 
 
