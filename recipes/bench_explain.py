@@ -67,10 +67,13 @@ def main() -> None:
         seconds = compare({"predict": lambda: plain(x), "explain": lambda: petl.explain(model, x)}, args.rounds)
         one = x[:1]
         masks = kernel_masks(model.players(one).counts, 64)
-        keeps: dict[str, float] = {}
-        for name, gather in (("kept tokens alone", True), ("key masks", False)):
+
+        def evaluate(gather: bool) -> None:
             model.gather = gather
-            keeps[name] = compare({name: lambda: model.values(one, masks)}, max(1, args.rounds // 2), 1)[name]
+            model.values(one, masks)
+
+        ways = {"kept tokens alone": lambda: evaluate(True), "key masks": lambda: evaluate(False)}
+        keeps = compare(ways, max(1, args.rounds // 2), 1)
         model.gather = True
         single = compare({"one": lambda: petl.explain(model, one)}, args.rounds)["one"]
     tokens, e = 197, 96

@@ -109,7 +109,7 @@ def attach(model: nn.Module, method: Method) -> nn.Module:
         )
     view = find_view(_free(model))
     if view.family not in method.backbones:
-        works = f"it works on {', '.join(method.backbones)}" if method.backbones else "it needs a petl.GroundingModel"
+        works = f"it works on {', '.join(method.backbones)}" if method.backbones else f"it needs a {method.host}"
         raise PetlError(f"{method.name!r} does not work on a lone {view.family}; {works}.")
     module = method.build(view)
     _install(*_plan(module))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from petl.backbones.base import BackboneView, EncoderView
 from petl.errors import PetlError, nearest
 from petl.methods.base import Method, MethodModule, register
-from petl.nn.ladder import FORMS, Ladder, SideBlock, ladder_parameters, side_width, tapped_layers
+from petl.nn.ladder import FORMS, Ladder, SideBlock, ladder_parameters
 from petl.nn.linear import Linear
 
 CHOICES = {
@@ -146,6 +146,7 @@ class AutoGnothi(Method):
     grand: str = "surrogate"
 
     backbones: ClassVar[tuple[str, ...]] = ()
+    host: ClassVar[str] = "petl.ExplainedClassifier"
     explains: ClassVar[tuple[str, ...]] = ("timm_vit", "hf_clip_vision", "hf_vit", "hf_bert")
 
     def __post_init__(self) -> None:
@@ -181,8 +182,6 @@ class AutoGnothi(Method):
                 f"{name} removes players by masking keys, and that does not work here: {obstacle}. "
                 f'{name}(removal="mean") puts the mean colour in place of removed patches instead.'
             )
-        side_width(view.width, view.heads, self.reduction)
-        tapped_layers(view.depth, self.layers)
         return AutoGnothiModule(self, view, classes)
 
     def build(self, view: BackboneView) -> MethodModule:

@@ -108,6 +108,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     backbones: ClassVar[tuple[str, ...]] = ("timm_vit", "hf_clip_vision", "hf_vit")
+    host: ClassVar[str] = "petl.GroundingModel"  # what it is for where it works on no lone backbone
     towers: ClassVar[tuple[str, ...]] = ()  # encoder families it works on as half of a pair
     mergeable: ClassVar[bool] = False
 

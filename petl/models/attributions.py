@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from petl.backbones.base import BackboneView
 from petl.backbones.players import Players
 from petl.errors import PetlError, nearest
-from petl.models.explained import ExplainedClassifier, Inputs
+from petl.models.explained import ExplainedClassifier, Inputs, select
 from petl.nn.shapley import MAX_PLAYERS, coalitions, kernel_masks, kernel_shap, kernel_weights
 
 Attribution = Callable[[ExplainedClassifier, Inputs, Tensor, torch.Generator | None], Tensor]
@@ -35,11 +35,6 @@ Attribution = Callable[[ExplainedClassifier, Inputs, Tensor, torch.Generator | N
 
 class Inapplicable(PetlError):
     """This classifier does not let an attribution see what it needs; others work."""
-
-
-def select(x: Inputs, rows: Tensor) -> Inputs:
-    """Some inputs of a batch."""
-    return {k: v[rows] for k, v in x.items()} if isinstance(x, Mapping) else x[rows]
 
 
 def by_count(players: Players) -> Iterator[tuple[int, Tensor]]:

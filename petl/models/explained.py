@@ -202,14 +202,14 @@ class ExplainedClassifier(nn.Module):
         if self.method.removal == "mean":
             flat = coalitions.flatten(0, 1)
             for rows in torch.arange(len(flat), device=flat.device).split(64):
-                states = self.read(self._without(_select(x, rows // count), flat[rows]), surrogate.ladder)[1]
+                states = self.read(self._without(select(x, rows // count), flat[rows]), surrogate.ladder)[1]
                 out[rows] = self.link(surrogate(states[0], None))
             return out.unflatten(0, (batch, count))
         split = gathered_rows if self.gather else chunked_rows
         for where, rows in split(players.keep(coalitions)):
             assert rows.source is not None
             inputs, source = rows.source.unique(return_inverse=True)
-            states = self.read(_select(x, inputs), surrogate.ladder, rows=rows._replace(source=source))[1]
+            states = self.read(select(x, inputs), surrogate.ladder, rows=rows._replace(source=source))[1]
             out[where] = self.link(surrogate(states[0], rows.keep))
         return out.unflatten(0, (batch, count))
 
@@ -218,7 +218,7 @@ class ExplainedClassifier(nn.Module):
         players = players or self.players(x)
         some = slice(0, 1 if isinstance(x, Tensor) else len(players.counts))
         nobody = torch.zeros(some.stop, 1, players.most, dtype=torch.bool, device=players.of.device)
-        return self.values(_select(x, some), nobody, players.select(some))[:, 0].expand(len(players.counts), -1)
+        return self.values(select(x, some), nobody, players.select(some))[:, 0].expand(len(players.counts), -1)
 
     @torch.no_grad()
     def measure_null(self, x: Inputs) -> None:
@@ -315,7 +315,8 @@ def explain(model: nn.Module, x: Inputs) -> ShapleyExplanation:
     return model.explain(x)
 
 
-def _select(x: Inputs, rows: Tensor | slice) -> Inputs:
+def select(x: Inputs, rows: Tensor | slice) -> Inputs:
+    """Some inputs of a batch."""
     return {k: v[rows] for k, v in x.items()} if isinstance(x, Mapping) else x[rows]
 
 

@@ -34,9 +34,8 @@ from petl.models.attributions import (
     by_count,
     class_values,
     find,
-    select,
 )
-from petl.models.explained import ExplainedClassifier, Inputs
+from petl.models.explained import ExplainedClassifier, Inputs, select
 from petl.nn.attribution_metrics import area, curve_masks, faithfulness, pearson, rank, spearman
 from petl.nn.shapley import coalitions, exact_shapley, kernel_masks, kernel_shap, random_subsets, uniform_size_masks
 

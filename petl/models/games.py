@@ -10,9 +10,7 @@ from torch import Tensor
 
 from petl.errors import PetlError
 from petl.models.explained import ExplainedClassifier, Inputs
-from petl.nn.shapley import coalitions, exact_shapley, residual_loss
-
-MOST = 16  # players whose coalitions are all evaluated
+from petl.nn.shapley import MAX_PLAYERS, coalitions, exact_shapley, residual_loss
 
 
 class Game(NamedTuple):
@@ -36,10 +34,10 @@ def value_table(model: ExplainedClassifier, x: Inputs) -> Tensor:
         PetlError: more than 16 players, or inputs that differ in their number.
     """
     players = model.players(x)
-    if players.most > MOST:
+    if players.most > MAX_PLAYERS:
         raise PetlError(
-            f"{players.most} players have 2^{players.most} coalitions; up to {MOST} are enumerated. Group patches: "
-            "AutoGnothi(players=(rows, columns))."
+            f"{players.most} players have 2^{players.most} coalitions; up to {MAX_PLAYERS} are enumerated. Group "
+            "patches: AutoGnothi(players=(rows, columns))."
         )
     if not bool((players.counts == players.most).all()):
         raise PetlError("these inputs differ in their number of players: tabulate them one by one.")

@@ -184,11 +184,10 @@ class Explanation(FrozenTask):
         for batch in self.data.evaluation_loader("val", whole=True):
             rows.append(torch.stack(self._surrogate_errors(self.inputs(batch), batch["index"])))
         kl, agreement = torch.cat(rows, 1).mean(1).tolist()
-        count = sum(r.shape[1] for r in rows)
-        self.gate = {"kl": kl, "agreement": agreement, "inputs": count}
+        self.gate = {"kl": kl, "agreement": agreement, "inputs": sum(r.shape[1] for r in rows)}
         rank_zero_print(
             f"surrogate: KL {kl:.4f} on masked inputs, agrees with the classifier on {100 * agreement:.1f} % of "
-            f"{count} full inputs (validation)"
+            f"{self.gate['inputs']} full inputs (validation)"
         )
         if self.trainer.is_global_zero:
             folder = Path(self.trainer.default_root_dir)
@@ -248,7 +247,8 @@ class Explanation(FrozenTask):
             same = full.argmax(-1) == predicted.argmax(-1)
         else:
             same = ((full > 0) == (predicted > 0)).all(-1)
-        return self._kl(x, _fixed_masks(players, indices, uniform_size_masks)), same.float()
+        masked = self.model.surrogate_logits(x, _fixed_masks(players, indices, uniform_size_masks))
+        return divergence(predicted, masked, self.method.link), same.float()
 
     def _explainer_loss(self, x: Inputs, batch: dict[str, Any]) -> Tensor:
         games = self._tabulated()
