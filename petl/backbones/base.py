@@ -33,6 +33,15 @@ class Call(NamedTuple):
                      if isinstance(v, Tensor)), None)  # fmt: skip
 
 
+class Part(NamedTuple):
+    """What computes one part of a block: a layer, or the ``slice``-th of ``of`` equal slices of its output (the q of a
+    fused qkv)."""
+
+    layer: nn.Module
+    slice: int = 0
+    of: int = 1
+
+
 class ThreadState(threading.local):
     """What one forward pass carries from block to block; one value per thread, so that concurrent passes stay apart."""
 
@@ -48,21 +57,28 @@ class ThreadState(threading.local):
 class BlockView(ABC):
     """One transformer block on tokens (B, N, C), in parts:
 
-        A = attention_output(x)       after the output projection, before LayerScale, dropout and residual
+        n = attention_input(x)
+        A = attend(n)                 after the output projection, before LayerScale, dropout and residual
         y = after_attention(x, attention_branch(A))
         u = ffn_input(y)
         F = ffn_output(u)             after the second linear layer, before LayerScale, dropout and residual
         out = after_ffn(y, ffn_branch(F))
 
-    Pre-norm blocks normalise inside `attention_output` and `ffn_input`, post-norm blocks inside `after_attention` and
+    Pre-norm blocks normalise inside `attention_input` and `ffn_input`, post-norm blocks inside `after_attention` and
     `after_ffn`.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
+    def attention_input(self, x: Tensor) -> Tensor:
+        return x
+
     @abstractmethod
-    def attention_output(self, x: Tensor, call: Call) -> Tensor: ...
+    def attend(self, n: Tensor, call: Call) -> Tensor: ...
+
+    def attention_output(self, x: Tensor, call: Call) -> Tensor:
+        return self.attend(self.attention_input(x), call)
 
     def attention_branch(self, a: Tensor) -> Tensor:
         return a
@@ -94,6 +110,13 @@ class BlockView(ABC):
         """The block as the network computes it."""
         y = self.after_attention(x, self.attention(x, call))
         return self.after_ffn(y, self.ffn(y))
+
+    def parts(self) -> dict[str, Part]:
+        """The layers of the block, in order: ``norm1``, ``q``, ``k``, ``v``, ``out``, ``norm2``, ``fc1``, ``fc2``."""
+        raise PetlError(
+            f"the layers of a {type(self.module).__name__} are not known one by one, which methods that change single "
+            "layers need. Adapters between the layers (AdaptFormer, Sparse-Tuning) still work."
+        )
 
     def block_weights(self) -> dict[str, Tensor]:
         """Weights and biases, by part: ``q``, ``k``, ``v``, ``out``, ``fc1``, ``fc2``, ``norm1``, ``norm2``.
@@ -245,6 +268,20 @@ class BackboneView(ImageEncoder):
     def features(self, x: Tensor) -> Tensor:
         """Pooled features (B, width) of images (B, 3, H, W), as the network's own head would get them."""
 
+    @property
+    def pooled_tokens(self) -> int | None:
+        """How many tokens in front are all that `pool` reads; None = it reads the patches too."""
+        return self.prefix_tokens
+
+    @abstractmethod
+    def pool(self, tokens: Tensor) -> Tensor:
+        """What `features` does after the last block: its output, at least `pooled_tokens` (B, n, C), -> (B, width)."""
+
+    @abstractmethod
+    def outer_layers(self) -> dict[str, nn.Module]:
+        """Layers outside the blocks, in order: ``patch_embedding``, the convolution that makes tokens; ``pre_norm`` of
+        these and ``final_norm``, before or after the pooling, where the network has them."""
+
     @abstractmethod
     def reduction_obstacle(self) -> str | None:
         """Why dropping tokens would be wrong in this network, or None."""
@@ -265,8 +302,9 @@ class BackboneView(ImageEncoder):
 
 
 def named_weights(**parts: nn.Module) -> dict[str, Tensor]:
-    """``{"q.weight": …}`` of the modules given by part."""
-    return {f"{part}.{n}": p.detach() for part, m in parts.items() for n, p in m.named_parameters(recurse=False)}
+    """``{"q.weight": …}`` of the modules by part; by attribute, as a layer around another one hands on its tensors."""
+    found = {f"{part}.{n}": getattr(m, n, None) for part, m in parts.items() for n in ("weight", "bias")}
+    return {name: tensor.detach() for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 
 def unsupported_block(module: nn.Module, where: str) -> PetlError:

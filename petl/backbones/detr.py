@@ -53,10 +53,10 @@ class DetrImageEncoder(nn.Module):
 class DetrBlock(BlockView):
     module: DetrEncoderLayer
 
-    def attention_output(self, x: Tensor, call: Call) -> Tensor:
+    def attend(self, n: Tensor, call: Call) -> Tensor:
         mask = call.args[0] if call.args else call.kwargs.get("attention_mask")
         position = call.kwargs.get("spatial_position_embeddings")
-        return self.module.self_attn(x, attention_mask=mask, position_embeddings=position)[0]
+        return self.module.self_attn(n, attention_mask=mask, position_embeddings=position)[0]
 
     def attention_branch(self, a: Tensor) -> Tensor:
         return F.dropout(a, self.module.dropout, self.module.training)

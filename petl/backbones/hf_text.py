@@ -16,10 +16,10 @@ from petl.backbones.hf_vit import CLIPBlock, HFMasks
 class BertBlock(BlockView):
     module: BertLayer
 
-    def attention_output(self, x: Tensor, call: Call) -> Tensor:
+    def attend(self, n: Tensor, call: Call) -> Tensor:
         mask = call.args[0] if call.args else call.kwargs.get("attention_mask")
         attention = self.module.attention
-        return attention.output.dense(attention.self(x, attention_mask=mask)[0])
+        return attention.output.dense(attention.self(n, attention_mask=mask)[0])
 
     def attention_branch(self, a: Tensor) -> Tensor:
         return self.module.attention.output.dropout(a)

@@ -11,9 +11,13 @@ from transformers import CLIPVisionModel, CLIPVisionModelWithProjection, ViTForI
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
 
-from petl.backbones.base import BackboneView, Call, EncoderView, RankingBlock, named_weights, unsupported_block
+from petl.backbones.base import BackboneView, Call, EncoderView, Part, RankingBlock, named_weights, unsupported_block
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def _parts(*layers: nn.Module) -> dict[str, Part]:
+    return dict(zip(("norm1", "q", "k", "v", "out", "norm2", "fc1", "fc2"), map(Part, layers), strict=True))
 
 
 class _SplitProjections(RankingBlock):
@@ -38,16 +42,24 @@ class CLIPBlock(_SplitProjections):
     def _attn(self) -> CLIPAttention:
         return self.module.self_attn
 
-    def attention_output(self, x: Tensor, call: Call) -> Tensor:
+    def attention_input(self, x: Tensor) -> Tensor:
+        return self.module.layer_norm1(x)
+
+    def attend(self, n: Tensor, call: Call) -> Tensor:
         mask, *rest = call.args or (call.kwargs.get("attention_mask"),)
         kwargs = {k: v for k, v in call.kwargs.items() if k != "attention_mask"}
-        return self.module.self_attn(self.module.layer_norm1(x), mask, *rest, **kwargs)[0]
+        return self.module.self_attn(n, mask, *rest, **kwargs)[0]
 
     def ffn_input(self, y: Tensor) -> Tensor:
         return self.module.layer_norm2(y)
 
     def ffn_output(self, u: Tensor) -> Tensor:
         return self.module.mlp(u)
+
+    def parts(self) -> dict[str, Part]:
+        block, attn, mlp = self.module, self.module.self_attn, self.module.mlp
+        return _parts(block.layer_norm1, attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj, block.layer_norm2,
+                      mlp.fc1, mlp.fc2)  # fmt: skip
 
     def block_weights(self) -> dict[str, Tensor]:
         block, attn, mlp = self.module, self.module.self_attn, self.module.mlp
@@ -63,8 +75,11 @@ class ViTBlock(_SplitProjections):
     def _attn(self) -> ViTAttention:
         return self.module.attention
 
-    def attention_output(self, x: Tensor, call: Call) -> Tensor:
-        return self.module.attention(self.module.layernorm_before(x), *call.args, **call.kwargs)[0]
+    def attention_input(self, x: Tensor) -> Tensor:
+        return self.module.layernorm_before(x)
+
+    def attend(self, n: Tensor, call: Call) -> Tensor:
+        return self.module.attention(n, *call.args, **call.kwargs)[0]
 
     def attention_branch(self, a: Tensor) -> Tensor:
         return self.module.dropout(a)
@@ -77,6 +92,11 @@ class ViTBlock(_SplitProjections):
 
     def ffn_branch(self, f: Tensor) -> Tensor:
         return self.module.dropout(f)
+
+    def parts(self) -> dict[str, Part]:
+        block, attn, mlp = self.module, self.module.attention, self.module.mlp
+        return _parts(block.layernorm_before, attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, block.layernorm_after,
+                      mlp.fc1, mlp.fc2)  # fmt: skip
 
     def block_weights(self) -> dict[str, Tensor]:
         block, attn, mlp = self.module, self.module.attention, self.module.mlp
@@ -143,8 +163,19 @@ class HFCLIPVision(_HFVision):
     def _tower(self) -> CLIPVisionModel:
         return self.model if isinstance(self.model, CLIPVisionModel) else cast(Any, self.model).vision_model
 
+    def outer_layers(self) -> dict[str, nn.Module]:
+        tower = self._tower
+        return {
+            "patch_embedding": tower.embeddings.patch_embedding,
+            "pre_norm": tower.pre_layrnorm,
+            "final_norm": tower.post_layernorm,
+        }
+
     def features(self, x: Tensor) -> Tensor:
         return self._tower(pixel_values=x).pooler_output
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        return self._tower.post_layernorm(tokens[:, 0])
 
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor) -> Tensor:
         return self._tower.post_layernorm(self._tower(pixel_values=pixel_values).last_hidden_state)
@@ -166,12 +197,22 @@ class HFViT(_HFVision):
             raise unsupported_block(module, "a layer of this ViT")
         return ViTBlock(module)
 
+    @property
+    def _trunk(self) -> Any:
+        return self.model if isinstance(self.model, ViTModel) else cast(Any, self.model).vit
+
+    def outer_layers(self) -> dict[str, nn.Module]:
+        trunk = self._trunk
+        return {"patch_embedding": trunk.embeddings.patch_embeddings.projection, "final_norm": trunk.layernorm}
+
     def features(self, x: Tensor) -> Tensor:
         return self.encode(x)[:, 0]
 
+    def pool(self, tokens: Tensor) -> Tensor:
+        return self._trunk.layernorm(tokens[:, 0])
+
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Tensor:
-        trunk: Any = self.model if isinstance(self.model, ViTModel) else self.model.vit
-        return trunk(pixel_values=pixel_values).last_hidden_state
+        return self._trunk(pixel_values=pixel_values).last_hidden_state
 
     def fine_tuned(self, name: str) -> bool:
         return not name.startswith("pooler.")  # of ViTModel: a pre-training head that features do not pass

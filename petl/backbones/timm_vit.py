@@ -9,15 +9,18 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
-from petl.backbones.base import BackboneView, Call, RankingBlock, named_weights, unsupported_block
+from petl.backbones.base import BackboneView, Call, Part, RankingBlock, named_weights, unsupported_block
 from petl.errors import PetlError
 
 
 class TimmBlock(RankingBlock):
     module: Block
 
-    def attention_output(self, x: Tensor, call: Call) -> Tensor:
-        return self.module.attn(self.module.norm1(x), *call.args, **call.kwargs)
+    def attention_input(self, x: Tensor) -> Tensor:
+        return self.module.norm1(x)
+
+    def attend(self, n: Tensor, call: Call) -> Tensor:
+        return self.module.attn(n, *call.args, **call.kwargs)
 
     def attention_branch(self, a: Tensor) -> Tensor:
         return self.module.drop_path1(self.module.ls1(a))
@@ -30,6 +33,14 @@ class TimmBlock(RankingBlock):
 
     def ffn_branch(self, f: Tensor) -> Tensor:
         return self.module.drop_path2(self.module.ls2(f))
+
+    def parts(self) -> dict[str, Part]:
+        block, attn, mlp = self.module, self._attn, self.module.mlp
+        if type(mlp) is not Mlp or attn.gate is not None:
+            return super().parts()  # raises: a gate is a layer that no part names
+        qkv = {part: Part(attn.qkv, i, 3) for i, part in enumerate("qkv")}
+        norm2, fc1, fc2 = (Part(cast(nn.Module, m)) for m in (block.norm2, mlp.fc1, mlp.fc2))
+        return {"norm1": Part(block.norm1), **qkv, "out": Part(attn.proj), "norm2": norm2, "fc1": fc1, "fc2": fc2}
 
     def block_weights(self) -> dict[str, Tensor]:
         block, attn, mlp = self.module, self._attn, self.module.mlp
@@ -44,8 +55,8 @@ class TimmBlock(RankingBlock):
             out=attn.proj, fc1=cast(nn.Module, mlp.fc1), fc2=cast(nn.Module, mlp.fc2), norm1=block.norm1,
             norm2=block.norm2,
         )  # fmt: skip
-        for name, fused in attn.qkv.named_parameters():
-            found |= {f"{part}.{name}": t for part, t in zip("qkv", fused.detach().chunk(3), strict=True)}
+        for name, fused in named_weights(qkv=attn.qkv).items():
+            found |= {name.replace("qkv", part): t for part, t in zip("qkv", fused.chunk(3), strict=True)}
         for part, scale in (("out", block.ls1), ("fc2", block.ls2)):
             if isinstance(scale, LayerScale):
                 for name in {f"{part}.weight", f"{part}.bias"} & found.keys():
@@ -106,12 +117,27 @@ class TimmViT(BackboneView):
             raise unsupported_block(module if type(module) is not Block else module.attn, "a block of this timm model")
         return TimmBlock(module)
 
+    def outer_layers(self) -> dict[str, nn.Module]:
+        embed = getattr(self.model.patch_embed, "proj", None)
+        if not isinstance(embed, nn.Conv2d):
+            raise PetlError(f"the {type(self.model.patch_embed).__name__} of this timm model is no single convolution.")
+        final = self.model.norm if _computes(self.model.norm) else self.model.fc_norm
+        layers = {"patch_embedding": embed, "pre_norm": self.model.norm_pre, "final_norm": final}
+        return {name: layer for name, layer in layers.items() if _computes(layer)}
+
     def masking_obstacle(self) -> str | None:
         other = next((b for b in self.model.blocks if type(b) is not Block or type(b.attn) is not Attention), None)
         return None if other is None else f"its blocks are {type(other).__name__}, whose attention takes no key mask"
 
     def features(self, x: Tensor) -> Tensor:
         return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+
+    @property
+    def pooled_tokens(self) -> int | None:
+        return self.prefix_tokens if self.model.global_pool == "token" and self.prefix_tokens else None
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        return self.model.forward_head(self.model.norm(tokens), pre_logits=True)
 
     def accepts(self, size: int) -> bool:
         return super().accepts(size) or not getattr(self.model.patch_embed, "strict_img_size", True)

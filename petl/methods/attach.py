@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from petl.backbones import image_encoder, text_encoder
 from petl.backbones import view as find_view
 from petl.backbones.base import BlockView, Call, RankingBlock, ThreadState
-from petl.backbones.identity import identify
+from petl.backbones.identity import Identity, identify
 from petl.errors import PetlError, nearest
 from petl.methods.base import Method, MethodModule, PairModule, TowerModule
 
@@ -100,6 +100,11 @@ def attach(model: nn.Module, method: Method) -> nn.Module:
         PetlError: no view of this model, a method is attached already, or the method does not fit the backbone. The
             model is unchanged then.
     """
+    return mount(fit(model, method))
+
+
+def fit(model: nn.Module, method: Method) -> MethodModule:
+    """The module of ``method`` for ``model``, which stays as it is. Raises `PetlError` as `attach`."""
     if not isinstance(method, Method):
         from petl.methods import entries
 
@@ -111,9 +116,14 @@ def attach(model: nn.Module, method: Method) -> nn.Module:
     if view.family not in method.backbones:
         works = f"it works on {', '.join(method.backbones)}" if method.backbones else f"it needs a {method.host}"
         raise PetlError(f"{method.name!r} does not work on a lone {view.family}; {works}.")
-    module = method.build(view)
-    _install(*_plan(module))
-    for _, head in view.head_modules():
+    return method.build(view)
+
+
+def mount(module: MethodModule, identity: Identity | None = None) -> nn.Module:
+    """Let ``module`` work in the model that it was built for. ``identity``: of the model, where it is known already."""
+    model = module.view.model
+    _install(*_plan(module, identity))
+    for _, head in module.view.head_modules():
         head.requires_grad_(True)
     model.add_module("petl", module)
     return model
@@ -147,13 +157,13 @@ def _free(model: nn.Module) -> nn.Module:
     return model
 
 
-def _plan(module: TowerModule) -> tuple[TowerModule, list[BlockView]]:
+def _plan(module: TowerModule, identity: Identity | None = None) -> tuple[TowerModule, list[BlockView]]:
     """The views of the blocks that ``module`` will run. Raises `PetlError` where it cannot; changes nothing."""
     view = module.view
     blocks = [view.block_view(b) for b in view.block_modules()] if module.changes_blocks else []
     if any(isinstance(getattr(b.__dict__.get("forward"), "__self__", None), _Site) for b in view.block_modules()):
         raise PetlError(f"a method is attached to the blocks of this {view.family} already; detach it first.")
-    module.identity = identify(view)
+    module.identity = identity or identify(view)
     return module, blocks
 
 
@@ -162,9 +172,13 @@ def _install(module: TowerModule, blocks: list[BlockView]) -> None:
     view, model = module.view, module.view.model
     module.to(next(model.parameters()).device)  # trained tensors stay fp32, whatever the dtype of the backbone
     module.run = run = Pass(module)
-    module._before = ([p.requires_grad for p in model.parameters()], {n: m.training for n, m in model.named_modules()})
+    module._before = (
+        {n: p.requires_grad for n, p in model.named_parameters()},
+        {n: m.training for n, m in model.named_modules()},
+    )
+    module.install()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(module.trains_backbone and view.is_backbone(name) and view.fine_tuned(name))
+        parameter.requires_grad_(view.is_backbone(name) and module.trains(name))
     for index, block in enumerate(blocks):
         block.module.forward = _Site(run, index, block).forward
     for index in module.capture_blocks():
@@ -201,10 +215,12 @@ def _take_off(model: nn.Module, module: TowerModule) -> None:
         del block.module.forward
         block.release()
     del model.train
+    module.uninstall()
     requires_grad, training = module._before
-    backbone = (p for n, p in model.named_parameters() if not n.startswith("petl."))
-    for parameter, flag in zip(backbone, requires_grad, strict=True):
-        parameter.requires_grad_(flag)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("petl."):  # a bias that `merge` gave to a layer goes with its weight
+            known = name if name in requires_grad else name.removesuffix("bias") + "weight"
+            parameter.requires_grad_(requires_grad[known])
     for name, child in model.named_modules():
         child.training = training.get(name, child.training)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from petl.backbones.base import BackboneView, BlockView, Call, EncoderView, ImageEncoder, TextEncoder
 from petl.backbones.identity import Identity
+from petl.backbones.taps import Reader
 from petl.errors import PetlError, nearest
 
 M = TypeVar("M", bound="type[Method]")
@@ -37,7 +38,39 @@ class TowerModule(nn.Module):
         self.identity: Identity  # of the frozen encoder, set by petl.attach, as are the next three
         self.run: Any  # the `Pass` that carries the state from block to block
         self._blocks: list[BlockView]  # whose forward is replaced
-        self._before: tuple[list[bool], dict[str, bool]]  # requires_grad by parameter, training by module, for detach
+        self._before: tuple[dict[str, bool], dict[str, bool]]  # requires_grad by parameter, training by module
+
+    def install(self) -> None:
+        """Change the backbone beyond its blocks; called by `petl.attach` after the fingerprint was taken."""
+
+    def uninstall(self) -> None:
+        """Undo `install`, and what `merge` left of it."""
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter ``name`` of the backbone is trained (as far as `install` did not put it there)."""
+        return self.trains_backbone and self.view.fine_tuned(name)
+
+    def owns(self, name: str) -> bool:
+        """Whether the tensor or module ``name`` of the model belongs to the method, not to the backbone."""
+        return name.startswith("petl.")
+
+    def lr_scale(self, name: str) -> float:
+        """Factor on the learning rate of the trained parameter ``name`` of the model."""
+        return 1.0
+
+    def regularisation(self) -> Tensor | None:
+        """A term of the method's own that is added to the loss of a step."""
+        return None
+
+    def after_step(self, step: int, total: int) -> None:
+        """Called when optimiser step ``step`` (from 1) of ``total`` is done, while its gradients are still there."""
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What `after_step` goes by, beside the trained tensors: kept in checkpoints for an exact resumption."""
+        return {}
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from `training_state`."""
 
     def begin(self, x: Tensor) -> Any:
         """The state before block 0, from the embedded tokens (B, N, C)."""
@@ -59,7 +92,19 @@ class TowerModule(nn.Module):
 class MethodModule(TowerModule):
     """The trained tensors of a method on one backbone. Stands in the model as ``model.petl``."""
 
+    beside: ClassVar[bool] = False  # whether all blocks compute what they do in the frozen network; see `reader`
     view: BackboneView
+
+    def reader(self, first: int | None) -> Reader | None:
+        """Of a method ``beside`` the network: what reads its block outputs; None where only the head is trained.
+
+        ``first``: how many tokens of the last state are wanted, None = all.
+        """
+        return None
+
+    def last(self, h: Tensor, z: Tensor) -> Tensor:
+        """Output of the last block with the method: from the frozen h (B, N, C) and the last state of the reader."""
+        return h
 
     def merge(self) -> None:
         """Fold the trained tensors into the backbone (only called where the method is ``mergeable``)."""
@@ -136,12 +181,19 @@ class Method(ABC):
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "options": dataclasses.asdict(self)}
 
-    def require(self, name: str, value: Any, low: float, integer: bool = True) -> None:
-        """Raise `PetlError` unless option ``name`` is a number of at least ``low``."""
+    def require(self, name: str, value: Any, low: float, integer: bool = True, below: float = math.inf) -> None:
+        """Raise `PetlError` unless option ``name`` is a number of at least ``low`` and less than ``below``."""
         kinds: tuple[type[float], ...] = (int,) if integer else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value < below:
             kind = "an integer" if integer else "a number"
-            raise PetlError(f"{type(self).__name__}({name}={value!r}): {name} must be {kind} of at least {low}.")
+            limits = f"at least {low}" + (f" and below {below}" if below < math.inf else "")
+            raise PetlError(f"{type(self).__name__}({name}={value!r}): {name} must be {kind} of {limits}.")
+
+    def choose(self, option: str, valid: tuple[str, ...]) -> None:
+        """Raise `PetlError` unless ``option`` is one of ``valid``."""
+        value = getattr(self, option)
+        if value not in valid:
+            raise PetlError(f"{type(self).__name__}({option}={value!r}): {nearest(str(value), valid)}")
 
 
 def register(name: str) -> Callable[[M], M]:
