@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from petl.backbones.base import BackboneView, BlockView, Call, EncoderView, ImageEncoder, TextEncoder
-from petl.errors import PetlError, nearest
+from petl.backbones.taps import Reader
+from petl.errors import PetlError
 from petl.methods.base import EVERY_TOWER, Method, MethodModule, PairModule, register
 from petl.nn.bottleneck import up_projection
-from petl.nn.ladder import FORMS, Ladder, SideBlock, ladder_macs, ladder_parameters
+from petl.nn.ladder import FORMS, FirstTokens, Ladder, SideBlock, ladder_macs, ladder_parameters
 
 INITS = ("random", "prune")
 
@@ -42,6 +43,7 @@ class LadderModule(MethodModule):
 
     method: LadderSideTuning
     changes_blocks: ClassVar[bool] = True
+    beside: ClassVar[bool] = True
     recomputes: ClassVar[bool] = False  # the frozen blocks keep nothing; side blocks are recomputed in `block`
 
     def __init__(self, method: LadderSideTuning, view: EncoderView) -> None:
@@ -72,7 +74,13 @@ class LadderModule(MethodModule):
                 state = self.ladder.step(index, state, h, keep)
         if index + 1 < self.view.depth:
             return h, state
-        return h + self.up(self.ladder.finish(state)).to(h.dtype), state
+        return self.last(h, state), state
+
+    def last(self, h: Tensor, z: Tensor) -> Tensor:
+        return h + self.up(self.ladder.finish(z)).to(h.dtype)
+
+    def reader(self, first: int | None) -> Reader:
+        return FirstTokens(self.ladder, first)
 
     def macs(self, tokens: list[tuple[int, int]]) -> int:
         view, method, count = self.view, self.method, tokens[0][0]
@@ -186,10 +194,8 @@ class LadderSideTuning(Method):
 
     def __post_init__(self) -> None:
         self.require("reduction", self.reduction, 1)
-        for option, valid in (("form", FORMS), ("init", INITS)):
-            value = getattr(self, option)
-            if value not in valid:
-                raise PetlError(f"LadderSideTuning({option}={value!r}): {nearest(str(value), valid)}")
+        self.choose("form", FORMS)
+        self.choose("init", INITS)
         if self.layers is not None:
             if not isinstance(self.layers, (list, tuple)):
                 raise PetlError(f"LadderSideTuning(layers={self.layers!r}): give a list of block numbers.")

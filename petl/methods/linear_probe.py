@@ -9,6 +9,10 @@ from petl.backbones.base import BackboneView
 from petl.methods.base import EVERY_TOWER, Method, MethodModule, register
 
 
+class _Probe(MethodModule):
+    beside: ClassVar[bool] = True
+
+
 @register("linear_probe")
 @dataclass(frozen=True)
 class LinearProbe(Method):
@@ -18,7 +22,7 @@ class LinearProbe(Method):
     towers: ClassVar[tuple[str, ...]] = EVERY_TOWER
 
     def build(self, view: BackboneView) -> MethodModule:
-        return MethodModule(self, view)
+        return _Probe(self, view)
 
     def parameter_count(self, view: BackboneView) -> int:
         return 0

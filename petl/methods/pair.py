@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from petl.backbones.base import BackboneView, EncoderView, ImageEncoder, TextEncoder
-from petl.errors import PetlError, nearest
+from petl.errors import PetlError
 from petl.methods.base import EVERY_TOWER, Method, MethodModule, PairModule, TowerModule
 from petl.nn.bottleneck import Bottleneck, SharedUpBottleneck, up_projection
 from petl.nn.linear import Linear
@@ -79,12 +79,6 @@ class PairMethod(Method):
             self.require("pairs", self.pairs, 1)
         for option in ("text_layers", "vision_layers"):
             self.choose(option, PLACES)
-
-    def choose(self, option: str, valid: tuple[str, ...]) -> None:
-        """Raise `PetlError` unless ``option`` is one of ``valid``."""
-        value = getattr(self, option)
-        if value not in valid:
-            raise PetlError(f"{type(self).__name__}({option}={value!r}): {nearest(str(value), valid)}")
 
     def layers(self, vision: ImageEncoder, text: TextEncoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The paired layers of both encoders; `PetlError` where this pair cannot be adapted so."""

@@ -104,7 +104,13 @@ class ExplainedClassifier(nn.Module):
         if not isinstance(adapter, MethodModule) or not isinstance(self.view, BackboneView):
             return
         patches = 64
-        if any(count != (patches + self.view.prefix_tokens,) * 2 for count in adapter.token_counts(patches)):
+        usual, counts = patches + self.view.prefix_tokens, adapter.token_counts(patches)
+        if any(max(count) > usual for count in counts):
+            raise PetlError(
+                f"{adapter.method.name!r} adds tokens inside this classifier, and the side networks read those of the "
+                "picture. Explain a classifier that keeps the usual tokens (AdaptFormer, for instance)."
+            )
+        if any(count != (usual, usual) for count in counts):
             raise PetlError(
                 f"{adapter.method.name!r} drops tokens inside this classifier: a dropped patch has no value of its "
                 "own, and which patches are dropped changes with every coalition. Explain a classifier that keeps "
@@ -334,9 +340,14 @@ def _trained(classifier: nn.Module, adapter: Any) -> tuple[str, ...]:
     """Names of the classifier's tensors that belong to its method and its head, not to the frozen backbone."""
     if not isinstance(adapter, MethodModule):
         return ()
-    inside = ("petl.", *(f"{name}." for name, _ in adapter.view.head_modules()))
-    ours = ("head.", *(f"backbone.{name}" for name in inside)) if isinstance(classifier, Classifier) else inside
-    return tuple(n for n in classifier.state_dict() if adapter.trains_backbone or n.startswith(ours))
+    heads = tuple(f"{name}." for name, _ in adapter.view.head_modules())
+    prefix = "backbone." if isinstance(classifier, Classifier) else ""
+    found: dict[int | str, str] = {}  # by place: layers that share a tensor save it once
+    for name, tensor in classifier.state_dict().items():
+        inner = name.removeprefix(prefix)
+        if adapter.trains_backbone or inner.startswith((*heads, "head.")) or adapter.owns(inner):
+            found.setdefault(tensor.data_ptr() or name, name)
+    return tuple(found.values())
 
 
 def _words(tokenizer: Any) -> tuple[tuple[int, ...], Tensor]:

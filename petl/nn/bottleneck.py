@@ -1,4 +1,4 @@
-"""Bottleneck adapters: down, ReLU, up. Both projections have a bias; there is no skip inside."""
+"""Bottleneck adapters: down, ReLU or GELU, up. Both projections have a bias; there is no skip inside."""
 
 from __future__ import annotations
 
@@ -27,16 +27,29 @@ def up_projection(hidden: int, width: int, zero: bool = True) -> Linear:
     return layer
 
 
-class Bottleneck(nn.Module):
-    """``scale · W_up ReLU(W_down x + b) + scale · b'`` on (…, C); parameters 2 C b + b + C."""
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 
-    def __init__(self, width: int, hidden: int, scale: float = 1.0, zero_up: bool = True) -> None:
+
+class Bottleneck(nn.Module):
+    """``scale · W_up σ(W_down x + b) + scale · b'`` on (…, C), with dropout after σ; parameters 2 C b + b + C."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        scale: float = 1.0,
+        zero_up: bool = True,
+        activation: str = "relu",
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.activation, self.dropout = ACTIVATIONS[activation](), nn.Dropout(dropout)
         self.down, self.up = down_projection(width, hidden), up_projection(hidden, width, zero_up)
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * self.up(F.relu(self.down(x)))
+        a = self.up(self.dropout(self.activation(self.down(x))))
+        return a if self.scale == 1.0 else self.scale * a
 
 
 class SharedUpBottleneck(nn.Module):

@@ -35,21 +35,25 @@ class SideBlock(nn.Module):
         self.qkv, self.out = Linear(width, 3 * width), Linear(width, width)
         self.fc1, self.fc2 = Linear(width, 4 * width), Linear(4 * width, width)
 
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """(B, T, e) -> (B, T, e). ``keep``: bool (B, T), True = may be attended, or (B, T, T) per query."""
+    def forward(self, x: Tensor, keep: Tensor | None = None, first: int | None = None) -> Tensor:
+        """(B, T, e) -> (B, T, e). ``keep``: bool (B, T), True = may be attended, or (B, T, T) per query.
+
+        ``first``: how many tokens of the output are wanted, None = all.
+        """
         if self.norm_first:
-            y = x + self.attention(self.norm1(x), keep)
+            y = x[:, :first] + self.attention(self.norm1(x), keep, first)
             return y + self.ffn(self.norm2(y))
-        y = self.norm1(x + self.attention(x, keep))
+        y = self.norm1(x[:, :first] + self.attention(x, keep, first))
         return self.norm2(y + self.ffn(y))
 
-    def attention(self, x: Tensor, keep: Tensor | None) -> Tensor:
+    def attention(self, x: Tensor, keep: Tensor | None, first: int | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, e / H)
+        q = q[:, :, :first]
         mask = None
         if keep is not None:
             seen = keep[:, None] if keep.ndim == 2 else keep
             seen = seen | ~seen.any(-1, keepdim=True)  # a row that sees nothing is not read; this keeps it finite
-            mask = seen[:, None]  # (B, 1, 1 or T, T)
+            mask = seen[:, None, :first]  # (B, 1, 1 or T, T)
         size = q.shape[-1]
         if size < KERNEL_WIDTH and x.shape[1] > 64 and x.device.type == "cpu" and torch.is_inference_mode_enabled():
             q, k, v = (F.pad(t, (0, KERNEL_WIDTH - size)) for t in (q, k, v))
@@ -105,16 +109,16 @@ class Ladder(nn.Module):
             return h0.new_zeros(1, 1, 1, dtype=torch.float32)  # of three axes, so that sums with it are fp32
         return self.seed(h0.detach().float()).float()  # under autocast products are not fp32, the state is
 
-    def step(self, index: int, z: Tensor, h: Tensor, keep: Tensor | None = None) -> Tensor:
-        """The side state after block ``index`` with output ``h`` (B, T, d); ``keep`` as in `SideBlock`."""
+    def step(self, index: int, z: Tensor, h: Tensor, keep: Tensor | None = None, first: int | None = None) -> Tensor:
+        """The side state after block ``index`` with output ``h`` (B, T, d); ``keep``, ``first`` as in `SideBlock`."""
         j = self.rung.get(index)
         if j is None:
             return z
         u = self.down[j](h.detach().float())  # (B, T, e)
         if self.alpha is None:
-            return self.blocks[j](z + F.gelu(u), keep)
+            return self.blocks[j](z + F.gelu(u), keep, first)
         mu = torch.sigmoid(self.alpha[j] / TEMPERATURE)
-        return self.blocks[j](mu * z + (1 - mu) * u, keep)
+        return self.blocks[j](mu * z + (1 - mu) * u, keep, first)
 
     def finish(self, z: Tensor) -> Tensor:
         """What is read of the last state (B, T, e)."""
@@ -126,6 +130,25 @@ class Ladder(nn.Module):
         for index, h in enumerate(taps):
             z = self.step(index, z, h, keep)
         return self.finish(z)
+
+
+class FirstTokens:
+    """A ladder of whose last state only the first tokens are wanted: its last side block computes no more.
+
+    Args:
+        ladder: which runs.
+        first: how many tokens; None = all.
+    """
+
+    def __init__(self, ladder: Ladder, first: int | None) -> None:
+        self.ladder, self.first = ladder, first
+
+    def begin(self, h0: Tensor) -> Tensor:
+        return self.ladder.begin(h0)
+
+    def step(self, index: int, z: Tensor, h: Tensor, keep: Tensor | None = None) -> Tensor:
+        last = index == self.ladder.layers[-1]
+        return self.ladder.step(index, z, h, keep, self.first if last else None)
 
 
 def tapped_layers(depth: int, layers: Sequence[int] | None) -> tuple[int, ...]:

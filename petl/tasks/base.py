@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from petl.adapters.state import set_trained_tensors, trained_tensors
 from petl.errors import PetlError
+from petl.methods.base import TowerModule
 
 
 class FrozenTask(L.LightningModule):
@@ -47,10 +49,13 @@ class FrozenTask(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = trained_tensors(self.model)
+        checkpoint["method_state"] = [tower.training_state() for tower in self.towers()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         set_trained_tensors(self.model, checkpoint["state_dict"], "the checkpoint")
         checkpoint["state_dict"] = {}
+        for tower, state in zip(self.towers(), checkpoint.get("method_state", []), strict=False):
+            tower.load_training_state(state)
 
     # ---- steps
 
@@ -60,9 +65,33 @@ class FrozenTask(L.LightningModule):
         torch.manual_seed(value)
         np.random.seed(value)  # timm's Mixup draws from numpy
 
+    def towers(self) -> tuple[TowerModule, ...]:
+        """The method's modules beside each encoder: they scale learning rates and take part in the steps."""
+        return ()
+
+    def regularised(self, loss: Tensor) -> Tensor:
+        """``loss`` with what the method adds to it."""
+        terms = [t for tower in self.towers() if (t := tower.regularisation()) is not None]
+        return loss + torch.stack(terms).sum() if terms else loss
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        for tower in self.towers():  # the gradients of this step are there until the next one zeroes them
+            tower.after_step(self.global_step + 1, self.total_steps)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Trained parameters in groups for AdamW; a group's own ``lr`` follows the same schedule."""
-        return [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+        return self.by_rate([p for p in self.model.parameters() if p.requires_grad], self.lr)
+
+    def by_rate(self, parameters: list[nn.Parameter], lr: float) -> list[dict[str, Any]]:
+        """``parameters`` in one group for each learning rate, ``lr`` times `TowerModule.lr_scale`."""
+        scales = {id(p): tower.lr_scale(n) for tower in self.towers() for n, p in tower.view.model.named_parameters()}
+        groups: dict[float, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            groups.setdefault(scales.get(id(parameter), 1.0), []).append(parameter)
+        return [{"params": members, "lr": lr * scale} for scale, members in groups.items()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         groups = [g for g in self.parameter_groups() if g["params"]]
@@ -71,7 +100,7 @@ class FrozenTask(L.LightningModule):
                 "nothing is trained: neither the method nor the head has parameters that require gradients."
             )
         optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
-        total = self._total_steps()
+        total = self.total_steps = self._total_steps()
         epochs = self.trainer.max_epochs or -1
         warmup = int(total * self.warmup_epochs / epochs) if epochs > 0 else 0
 

@@ -18,7 +18,7 @@ from petl.backbones import load_backbone
 from petl.backbones.classifier import Classifier
 from petl.errors import PetlError, nearest
 from petl.methods.attach import attach, attached
-from petl.methods.base import Method
+from petl.methods.base import Method, TowerModule
 from petl.nn.head import HEADS, Head
 from petl.tasks.base import FrozenTask
 
@@ -94,6 +94,9 @@ class Classification(FrozenTask):
         """What the backbone's weights expect: input_size (3, H, W), mean, std, interpolation. Read by data modules."""
         return attached(self.backbone).view.preprocessing
 
+    def towers(self) -> tuple[TowerModule, ...]:
+        return (attached(self.backbone),)
+
     def setup(self, stage: str) -> None:
         if hasattr(self, "model"):
             return
@@ -139,7 +142,7 @@ class Classification(FrozenTask):
         accuracy(logits, labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         self.log("train/acc", accuracy, on_step=False, on_epoch=True, prog_bar=True)
-        return loss
+        return self.regularised(loss)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._evaluate(batch, "val")

@@ -15,7 +15,7 @@ from petl.adapters.artefact import save
 from petl.adapters.rebuild import check_grounding
 from petl.backbones import load_backbone, load_text_encoder
 from petl.errors import PetlError
-from petl.methods.base import Method
+from petl.methods.base import Method, TowerModule
 from petl.models.grounding import GroundingModel
 from petl.nn.boxes import paired_iou
 from petl.nn.tokens import tokenize
@@ -219,11 +219,14 @@ class Grounding(FrozenTask):
 
     # ---- optimisation
 
+    def towers(self) -> tuple[TowerModule, ...]:
+        return self.model.petl.vision, self.model.petl.text
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         head = list(self.model.head.parameters())
         known = {id(p) for p in head}
         rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
-        return [{"params": head}, {"params": rest, "lr": self.method_lr}]
+        return [{"params": head}, *self.by_rate(rest, self.method_lr)]
 
     def decay(self, step: int, warmup: int, total: int) -> float:
         if self.lr_drop is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from petl.errors import PetlError
-from petl.nn.ladder import Ladder, SideBlock, ladder_macs, ladder_parameters, side_width
+from petl.nn.ladder import FirstTokens, Ladder, SideBlock, ladder_macs, ladder_parameters, side_width
 
 D, L, H, R, T = 24, 4, 3, 4, 9
 SHAPES = pytest.mark.parametrize(
@@ -172,6 +172,20 @@ def test_it_compiles_without_graph_breaks() -> None:
 def test_refusals(options: dict, message: str) -> None:
     with pytest.raises(PetlError, match=message):
         Ladder(**({"width": D, "depth": L, "heads": H, "reduction": R} | options))
+
+
+@SHAPES
+def test_only_the_first_tokens_of_the_last_state(form: str, layers: Sequence[int] | None, norm_first: bool) -> None:
+    ladder = Ladder(D, L, H, R, form, layers, norm_first)
+    h0, taps = network()
+    for keep in masks():
+        for first in (1, 3, None):
+            reader = FirstTokens(ladder, first)
+            z = reader.begin(h0)
+            for index, h in enumerate(taps):
+                z = reader.step(index, z, h, keep)
+            assert z.shape[1] == (first or T)
+            torch.testing.assert_close(ladder.finish(z), ladder(h0, taps, keep)[:, :first])
 
 
 def test_side_widths() -> None:
