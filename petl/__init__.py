@@ -40,6 +40,7 @@ _PUBLIC = {
     "load": "petl.adapters",
     "save": "petl.adapters",
     "Predictor": "petl.adapters.predictor",
+    "AdapterSet": "petl.adapters.many",
     "WandbLogger": "petl.engine.loggers",
 }
 

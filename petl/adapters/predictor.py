@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from PIL import Image
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from petl.adapters import rebuild
 from petl.adapters.artefact import read_config, read_tensors, recover
+from petl.adapters.peft_format import is_plain, load_plain
 from petl.adapters.state import set_trained_tensors
 from petl.backbones.base import BackboneView
 from petl.backbones.classifier import Classifier
@@ -25,6 +26,9 @@ from petl.methods.base import from_dict
 from petl.models.explained import ExplainedClassifier, Inputs, ShapleyExplanation, explain
 from petl.models.grounding import GroundingModel
 from petl.nn.tokens import tokenize
+
+if TYPE_CHECKING:
+    from petl.adapters.many import AdapterSet
 
 Picture = str | Path | Image.Image
 
@@ -167,18 +171,36 @@ class Predictor:
         return self.model
 
 
-def load(
+@overload
+def load(  # type: ignore[overload-overlap]  # a str is a Sequence too
     source: str | Path,
     backbone: nn.Module | tuple[nn.Module, nn.Module] | None = None,
     *,
     weights: str | Path | None = None,
     tokenizer: Any = None,
     device: str | torch.device = "cpu",
-) -> Predictor:
-    """Load an adapter.
+) -> Predictor: ...
+@overload
+def load(
+    source: Sequence[str | Path] | Mapping[str, str | Path],
+    backbone: nn.Module | None = None,
+    *,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> AdapterSet: ...
+def load(
+    source: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
+    backbone: Any = None,
+    *,
+    weights: str | Path | None = None,
+    tokenizer: Any = None,
+    device: str | torch.device = "cpu",
+) -> Predictor | AdapterSet:
+    """Load an adapter, or several classifiers that share one frozen backbone (see `petl.AdapterSet`).
 
     Args:
-        source: a directory, or the id of a Hugging Face hub repository.
+        source: a directory, or the id of a Hugging Face hub repository; a list of them, or names with them, for a set.
+            A directory that peft wrote needs the backbone.
         backbone: the frozen model, if at hand (its fingerprint must match); None = load it by the recorded name. For
             grounding the pair (image encoder, text encoder).
         weights: a local file with the (image) backbone's weights, for adapters trained on such a file.
@@ -187,12 +209,17 @@ def load(
 
     Raises:
         PetlError: not an adapter, damaged, from a newer petl, another backbone or other weights, tensors that do not
-            fit. A backbone that was passed in is left as it was.
+            fit; in a set, adapters of different backbones, fully fine-tuned ones or no classifiers. A backbone that was
+            passed in is left as it was.
     """
-    directory = Path(source)
-    recover(directory)
-    if not directory.exists():
-        directory = _from_hub(str(source))
+    if not isinstance(source, (str, Path)):
+        from petl.adapters.load_set import load_set
+
+        return load_set(source, backbone, weights, device)
+    directory = locate(source)
+    if is_plain(directory):
+        plain, config = load_plain(directory, backbone)
+        return Predictor(plain.to(device), config)
     config = read_config(directory)
     tensors = read_tensors(directory, config)
     method = from_dict(config["method"])
@@ -218,6 +245,13 @@ def load(
             remove(model.backbone if isinstance(model, Classifier) else model)
         raise
     return Predictor(model.to(device), config, tokenizer)
+
+
+def locate(source: str | Path) -> Path:
+    """The directory of an adapter, fetched from the hub where it is no directory here."""
+    directory = Path(source)
+    recover(directory)
+    return directory if directory.exists() else _from_hub(str(source))
 
 
 def _is_file(name: str | Path) -> bool:

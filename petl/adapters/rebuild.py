@@ -36,11 +36,15 @@ def classifier(
     if head is None:
         return backbone, None
     try:
-        sizes = _size(head, "in_features"), _size(head, "num_classes")
-        return Classifier(backbone, Head(str(head.get("kind")), *sizes)), None
+        return Classifier(backbone, classification_head(head)), None
     except PetlError:
         remove(backbone)
         raise
+
+
+def classification_head(record: dict[str, Any]) -> Head:
+    """The head of a classifier's record, not yet with its tensors."""
+    return Head(str(record.get("kind")), _size(record, "in_features"), _size(record, "num_classes"))
 
 
 def grounding(
@@ -139,18 +143,22 @@ def check_grounding(directory: Path, model: GroundingModel, config: dict[str, An
 
 def check_identity(directory: Path, identity: Identity, record: dict[str, Any], what: str = "backbone") -> None:
     """Raise `PetlError` unless a frozen network with this identity is the one that ``record`` describes."""
-    try:
-        expected = Identity(**{k: record[k] for k in Identity.__dataclass_fields__})
-    except KeyError as error:
-        raise PetlError(
-            f"{directory}: adapter_config.json has no {what} entry {error}; the file was changed."
-        ) from error
-    difference = expected.difference(identity)
+    difference = recorded_identity(directory, record, what).difference(identity)
     if difference:
         raise PetlError(
             f"{directory} was trained on {record['name'] or f'a {what} without a name'}, and this {what} is "
             f"{difference}. An adapter works only on the very weights it was trained on: load those."
         )
+
+
+def recorded_identity(directory: Path, record: dict[str, Any], what: str = "backbone") -> Identity:
+    """The identity that an adapter's config records."""
+    try:
+        return Identity(**{k: record[k] for k in Identity.__dataclass_fields__})
+    except KeyError as error:
+        raise PetlError(
+            f"{directory}: adapter_config.json has no {what} entry {error}; the file was changed."
+        ) from error
 
 
 def load_recorded(directory: Path, record: dict[str, Any], weights: str | Path | None) -> Any:
