@@ -46,11 +46,16 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column stands left, the others right."""
+    first, *others = (f"| {' | '.join(row)} |" for row in (header, *rows))
+    return "\n".join([first, "|---|" + "---:|" * (len(header) - 1), *others])
+
+
 def write_section(file: Path | None, title: str, text: str, rows: Sequence[Row]) -> None:
     """Print a section with a table, and put it into ``file`` in place of an older one of this title."""
-    lines = [f"## {title}", "", text, "", "| what | measured | target |", "|---|---:|---:|",
-             *(f"| {what} | {value:.3f} | {target} |" for what, value, target in rows), ""]  # fmt: skip
-    section = "\n".join(lines)
+    figures = table(("what", "measured", "target"), [(what, f"{value:.3f}", target) for what, value, target in rows])
+    section = "\n".join([f"## {title}", "", text, "", figures, ""])
     print(section)
     if file is None:
         return
