@@ -2,6 +2,7 @@
 
 Schema 3; schema 2 had no ``classifier`` (what an explanation explains), schema 1 no ``text_backbone`` either. The
 config is JSON and is resolved through registry names only; tensors are safetensors; nothing in an adapter can run code.
+Methods that peft computes are saved so that peft reads them too (see peft_format.py).
 A directory is written under another name and renamed, so that a reader sees the old one or the new one.
 """
 
@@ -21,11 +22,13 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
 from petl.adapters.card import model_card
+from petl.adapters.peft_format import RECORD, peft_layout, petl_tensors
 from petl.adapters.state import trained_tensors
 from petl.backbones.classifier import Classifier
 from petl.backbones.identity import identify
 from petl.errors import PetlError
 from petl.methods.attach import attached
+from petl.methods.base import MethodModule
 from petl.models.explained import ExplainedClassifier
 from petl.models.grounding import GroundingModel
 
@@ -74,8 +77,10 @@ def save(
         task, method, identity, head = "grounding", pair.method, pair.vision.identity, model.describe()
         text_record = {"name": text_backbone, **pair.text.identity.to_dict()}
     elif isinstance(model, ExplainedClassifier):
-        task, method, identity = "explanation", model.method, identify(model.view)
         inner: Any = model.classifier
+        within = getattr(model.view.model, "petl", None)  # a method may have its tensors inside the backbone's modules
+        identity = within.identity if isinstance(within, MethodModule) else identify(model.view)
+        task, method = "explanation", model.method
         head = inner.head.describe() if isinstance(inner, Classifier) else None
         own_classes = 0 if head else model.petl.classes
         explained_record = {
@@ -95,7 +100,8 @@ def save(
         if head and labels is not None and len(labels) != head["num_classes"]:
             raise PetlError(f"petl.save: {len(labels)} labels for a head of {head['num_classes']} classes.")
     tensors = {k: v.detach().cpu().contiguous() for k, v in trained_tensors(model).items()}
-    data = dump_tensors(tensors, metadata={"format": "pt"})  # one key: the order of several is random
+    layout = peft_layout(model, tensors)
+    data = dump_tensors(layout.tensors if layout else tensors, metadata={"format": "pt"})  # one key: several shuffle
     config: dict[str, Any] = {
         "schema": SCHEMA,
         "petl_version": __version__,
@@ -121,7 +127,10 @@ def save(
             "bytes": len(data),
         },
     }
-    text = json.dumps(config, indent=2) + "\n"
+    if layout:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)  # frozen ones are saved too
+        config["tensors"] |= {"parameters": trained, "names": layout.names}
+    text = json.dumps({**layout.config, RECORD: config} if layout else config, indent=2) + "\n"
     write_directory(Path(directory), {TENSORS: data, CARD: model_card(config).encode(), CONFIG: text.encode()})
     return Path(directory)
 
@@ -179,8 +188,12 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise PetlError(f"{file} cannot be read as JSON: {error}") from error
+    if isinstance(config, dict) and "peft_type" in config:
+        if RECORD not in config:
+            raise PetlError(f"{directory} was written by peft alone; petl.load(…, backbone=model) reads it.")
+        config = config[RECORD]
     if not isinstance(config, dict) or not isinstance(config.get("schema"), int):
-        raise PetlError(f"{file} has no integer 'schema': it was not written by petl (a peft adapter?).")
+        raise PetlError(f"{file} has no integer 'schema': it was not written by petl.")
     if config["schema"] > SCHEMA:
         raise PetlError(
             f"{file} has schema {config['schema']}, written by petl {config.get('petl_version')}; this petl reads "
@@ -217,6 +230,8 @@ def read_tensors(directory: Path, config: Mapping[str, Any]) -> dict[str, Tensor
             "Get the adapter again from its source."
         )
     try:
-        return load_tensors(data)
+        tensors = load_tensors(data)
     except (SafetensorError, ValueError) as error:
         raise PetlError(f"{file} is not a valid safetensors file: {error}") from error
+    names = config["tensors"].get("names")
+    return tensors if names is None else petl_tensors(tensors, names, str(directory))

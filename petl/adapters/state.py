@@ -15,6 +15,8 @@ from petl.models.grounding import GroundingModel
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Everything that training changed, by module path: parameters that require gradients, and buffers beside them.
 
+    What a method keeps inside the backbone's modules belongs to it, frozen tensors too (VeRA's random matrices).
+
     ``model`` is a `Classifier`, a `GroundingModel`, an `ExplainedClassifier` (whose classifier's own trained tensors
     are among them) or a model with a method attached; the paths of the latter are those inside a `Classifier`
     (``backbone.petl.blocks.0.down.weight``, ``head.fc.weight``). A tensor shared by several modules appears once.
@@ -27,15 +29,18 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
         }
     if isinstance(model, GroundingModel):
         prefix, ours = "", ("petl.", "head.", *(("vision.", "text.") if model.petl.trains_backbone else ()))
+        inside: frozenset[str] = frozenset()
     else:
         prefix = "" if isinstance(model, Classifier) else "backbone."
         module = attached(model.backbone if isinstance(model, Classifier) else model)
         heads = tuple(f"backbone.{name}." for name, _ in module.view.head_modules())
         ours = ("backbone.", "head.") if module.trains_backbone else ("backbone.petl.", "head.", *heads)
-    found = {prefix + n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        inside = frozenset(f"backbone.{n}" for n in module.view.model.state_dict() if module.owns(n))
+    parameters = ((prefix + n, p) for n, p in model.named_parameters())
+    found = {n: p.detach() for n, p in parameters if p.requires_grad or n in inside}
     persistent = model.state_dict().keys()
     for name, buffer in model.named_buffers():
-        if name in persistent and (prefix + name).startswith(ours):
+        if name in persistent and ((prefix + name).startswith(ours) or prefix + name in inside):
             found[prefix + name] = buffer
     return found
 

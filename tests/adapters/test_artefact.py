@@ -169,6 +169,9 @@ def test_newer_schema_foreign_directory_and_broken_json(adapter: Path, tmp_path:
     with pytest.raises(petl.PetlError, match="Update petl"):
         petl.load(adapter, backbone=base())
     (adapter / artefact.CONFIG).write_text('{"peft_type": "LORA"}')
+    with pytest.raises(petl.PetlError, match="its config has no target_modules"):
+        petl.load(adapter, backbone=base())
+    (adapter / artefact.CONFIG).write_text('{"other": 1}')
     with pytest.raises(petl.PetlError, match="not written by petl"):
         petl.load(adapter, backbone=base())
     (adapter / artefact.CONFIG).write_text('{"schema": 1')
