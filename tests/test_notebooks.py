@@ -57,10 +57,19 @@ def test_notebook_runs(file: Path, tmp_path: Path) -> None:
         assert insertion["autognothi"] > insertion["random"]
         assert "this classifier is the right architecture with other weights" in printed
         assert len(pictures(notebook)) == 1
+    if file.stem == "04_compare":
+        assert "5 jobs, 0 finished before" in printed
+        table = (tmp_path / "comparison" / "table.md").read_text()
+        assert table in printed
+        accuracy = {k: float(v) for k, v in re.findall(r"^\| (\S.*?) \| ([\d.]+) \| [\d.]+ \|$", table, re.MULTILINE)}
+        assert len(accuracy) == 5
+        assert min(accuracy.values()) > 15  # above chance, 10 %
+        assert "[0.485, 0.456, 0.406] in bitfit/digits/0" in printed  # refused
+        assert len(pictures(notebook)) == 1
 
 
 def test_there_are_notebooks_without_outputs() -> None:
-    assert [f.stem for f in NOTEBOOKS] == ["01_quickstart", "02_grounding", "03_explain"]
+    assert [f.stem for f in NOTEBOOKS] == ["01_quickstart", "02_grounding", "03_explain", "04_compare"]
     for file in NOTEBOOKS:
         notebook = nbformat.read(file, as_version=4)
         nbformat.validate(notebook)

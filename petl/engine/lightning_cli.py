@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,8 @@ def register_methods() -> None:
 
 
 class PetlCLI(LightningCLI):
-    def __init__(self, args: list[str]) -> None:
+    def __init__(self, args: list[str], callbacks: Sequence[Callback] = ()) -> None:
+        self.more_callbacks = callbacks
         register_methods()
         sys.argv[1:] = args  # what Lightning starts the other processes of a DDP run with
         try:
@@ -154,6 +155,7 @@ class PetlCLI(LightningCLI):
         ]
         if self.config["subcommand"] != "fit" and not options.get("ckpt_path"):
             callbacks.append(LoadAdapter(run / "adapter"))
+        callbacks += self.more_callbacks
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         return super().instantiate_trainer(**kwargs)
 
@@ -166,10 +168,10 @@ def _logger_entries(logger: Any) -> list[Any]:
     return [e for e in entries if hasattr(e, "get")]
 
 
-def run(args: list[str]) -> PetlCLI:
+def run(args: list[str], callbacks: Sequence[Callback] = ()) -> PetlCLI:
     """Run ``petl <fit|validate|test|predict> …`` and return the CLI with its trainer, model and data.
 
-    Raises `PetlError` for everything a user can put right.
+    ``callbacks``: further ones. Raises `PetlError` for everything a user can put right.
     """
     check_class_paths(args)
     for text in (".*does not have many workers.*", ".*eval mode at the start of training.*", ".*treespec.*",
@@ -180,7 +182,7 @@ def run(args: list[str]) -> PetlCLI:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         with readable_errors(args):
-            return PetlCLI(args)
+            return PetlCLI(args, callbacks)
     except SIGTERMException as end:  # a SystemExit with the code 0
         print("petl: terminated. Continue a training with --ckpt_path last.", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from end
