@@ -63,7 +63,7 @@ def test_notebook_runs(file: Path, tmp_path: Path) -> None:
         assert table in printed
         accuracy = {k: float(v) for k, v in re.findall(r"^\| (\S.*?) \| ([\d.]+) \| [\d.]+ \|$", table, re.MULTILINE)}
         assert len(accuracy) == 5
-        assert min(accuracy.values()) > 15  # above chance, 10 %
+        assert max(accuracy.values()) > 35  # chance: 10
         assert "[0.485, 0.456, 0.406] in bitfit/digits/0" in printed  # refused
         assert len(pictures(notebook)) == 1
 
