@@ -22,7 +22,7 @@ from petl.errors import PetlError
 from petl.methods.base import EVERY_TOWER, Method, MethodModule, register
 
 
-class _OwnForward:
+class RecomputedBlock:
     """The replacement of a block's ``forward``: its own one, recomputed in the backward pass where that is asked for.
 
     The block itself and not its view, so that blocks that cannot be split work too, with their dropout.
@@ -50,7 +50,7 @@ class _Full(MethodModule):
 
     def install(self) -> None:
         for block in self.view.block_modules():
-            block.forward = _OwnForward(block, self).forward  # type: ignore[method-assign]
+            block.forward = RecomputedBlock(block, self).forward  # type: ignore[method-assign]
 
     def uninstall(self) -> None:
         for block in self.view.block_modules():

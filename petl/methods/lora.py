@@ -28,6 +28,7 @@ class _LowRank(PeftMethod):
     """LoRA and DoRA: ``r``, ``alpha`` and ``dropout``."""
 
     layer_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)
+    use_dora: ClassVar[bool] = False
     r: int
     alpha: float
     dropout: float
@@ -37,6 +38,17 @@ class _LowRank(PeftMethod):
         self.require("r", self.r, 1)
         self.require("alpha", self.alpha, 0, integer=False)
         self.require("dropout", self.dropout, 0, integer=False, below=1)
+
+    def peft_config(self, view: BackboneView, targets: list[Target]) -> Any:
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            use_dora=self.use_dora,
+            target_modules=[t.name for t in targets],
+        )
 
     def layer_parameters(self, target: Target) -> int:
         return self.r * (target.fan_in + target.fan_out)
@@ -67,16 +79,6 @@ class LoRA(_LowRank):
     option: ClassVar[str] = "parts"
     splits: ClassVar[bool] = True
 
-    def peft_config(self, view: BackboneView, targets: list[Target]) -> Any:
-        from peft import LoraConfig
-
-        return LoraConfig(
-            r=self.r,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]
-            lora_dropout=self.dropout,
-            target_modules=[t.name for t in targets],
-        )
-
 
 @register("dora")
 @dataclass(frozen=True)
@@ -95,16 +97,7 @@ class DoRA(_LowRank):
     targets: tuple[str, ...] = ("qkv",)
     dropout: float = 0.0
 
-    def peft_config(self, view: BackboneView, targets: list[Target]) -> Any:
-        from peft import LoraConfig
-
-        return LoraConfig(
-            r=self.r,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]
-            lora_dropout=self.dropout,
-            use_dora=True,
-            target_modules=[t.name for t in targets],
-        )
+    use_dora: ClassVar[bool] = True
 
     def layer_parameters(self, target: Target) -> int:
         return super().layer_parameters(target) + target.fan_out

@@ -20,31 +20,19 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from petl.backbones.base import BackboneView
 from petl.errors import PetlError
 from petl.methods.base import Method, MethodModule
+from petl.methods.full import RecomputedBlock
 from petl.methods.peft_targets import Target, find_targets, split, unsplit
 from petl.nn.linear import Linear
 
 ADAPTER = "default"  # peft's name of the one adapter that is here
-EXACT = 1e-3  # largest change of a probe's features by a merge, as a share of the largest of them
-MERGE_LOSS = 0.1  # the same where merged weights are rounded, as a share of all that the method changes in them
-
-
-class _Recomputed:
-    """The ``forward`` of a block that keeps its inputs alone for the backward pass."""
-
-    def __init__(self, block: nn.Module, module: nn.Module) -> None:
-        self.block, self.module = block, module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        run = type(self.block).forward
-        if not (self.module.training and torch.is_grad_enabled()):
-            return run(self.block, *args, **kwargs)
-        return checkpoint(run, self.block, *args, use_reentrant=False, **kwargs)
+EXACT = 1e-4  # largest change of a probe's features by a merge, as a share of the largest of them
+MERGE_LOSS = 0.1  # or, where merged weights are rounded, as a share of all that the method changes in them
+FP32_LOSS = 0.01  # the same in fp32, where sums of spectra and products lose a little
 
 
 class PeftModule(MethodModule):
@@ -148,7 +136,7 @@ class PeftModule(MethodModule):
             raise PetlError("the model's own gradient checkpointing is on already; leave it at that.")
         for block in self.view.block_modules() if value != self._checkpointing else ():
             if value:
-                block.forward = _Recomputed(block, self).forward  # type: ignore[method-assign]
+                block.forward = RecomputedBlock(block, self).forward  # type: ignore[method-assign]
             else:
                 del block.forward
         self._checkpointing = value
@@ -177,7 +165,8 @@ class PeftModule(MethodModule):
                     parameter.copy_(parameter.to(tensor.dtype))
             loss, effect = (self._features(probe) - wanted).abs().max(), (wanted - frozen).abs().max()
             rounded = any(t.dtype in (torch.bfloat16, torch.float16) for tensors in kept for t in tensors)
-            if loss <= max(MERGE_LOSS * effect if rounded else 0.0, EXACT * wanted.abs().max()):
+            allowed = MERGE_LOSS if rounded else FP32_LOSS
+            if loss <= max(allowed * effect, EXACT * wanted.abs().max()):
                 return
             for target, layer, tensors in zip(self.targets, self.layers, kept, strict=True):
                 with warnings.catch_warnings():
@@ -189,7 +178,7 @@ class PeftModule(MethodModule):
         dtype = str(kept[0][0].dtype).removeprefix("torch.")
         raise PetlError(
             f"merged weights in {dtype} change the features of a probe batch by up to {loss:.3g}, "
-            f"{loss / effect:.0%} of all that {self.method.name!r} changes in them (allowed are {MERGE_LOSS:.0%}). "
+            f"{loss / effect:.0%} of all that {self.method.name!r} changes in them (allowed are {allowed:.0%}). "
             "Nothing was merged. Merge in full precision: model.float() before petl.merge(model)."
         )
 

@@ -166,6 +166,12 @@ class _Lycoris(PeftMethod):
         self.require("alpha", self.alpha, 0, integer=False)
         self.require("rank_dropout", self.rank_dropout, 0, integer=False, below=1)
 
+    def peft_config(self, view: BackboneView, targets: list[Target]) -> Any:
+        import peft
+
+        config = getattr(peft, f"{type(self).__name__}Config")
+        return config(r=self.r, alpha=self.alpha, rank_dropout=self.rank_dropout, target_modules=names(targets))
+
 
 @register("loha")
 @dataclass(frozen=True)
@@ -183,11 +189,6 @@ class LoHa(_Lycoris):
     alpha: float = 8
     targets: tuple[str, ...] = ("qkv",)
     rank_dropout: float = 0.0
-
-    def peft_config(self, view: BackboneView, targets: list[Target]) -> Any:
-        from peft import LoHaConfig
-
-        return LoHaConfig(r=self.r, alpha=self.alpha, rank_dropout=self.rank_dropout, target_modules=names(targets))  # type: ignore[arg-type]
 
     def layer_parameters(self, target: Target) -> int:
         return 2 * self.r * (target.fan_in + target.fan_out)
@@ -212,11 +213,6 @@ class LoKr(_Lycoris):
     alpha: float = 8
     targets: tuple[str, ...] = ("qkv",)
     rank_dropout: float = 0.0
-
-    def peft_config(self, view: BackboneView, targets: list[Target]) -> Any:
-        from peft import LoKrConfig
-
-        return LoKrConfig(r=self.r, alpha=self.alpha, rank_dropout=self.rank_dropout, target_modules=names(targets))  # type: ignore[arg-type]
 
     def layer_parameters(self, target: Target) -> int:
         from peft.tuners.lokr.layer import factorization

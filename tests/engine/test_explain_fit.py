@@ -248,13 +248,13 @@ def test_two_processes_go_through_the_same_stages(petl: Petl, tmp_path: Path) ->
 
 def test_two_processes_on_tabulated_games(petl: Petl, classifier: Path, tmp_path: Path) -> None:
     given = [*SHORT, "--model.classifier", classifier / "run" / "adapter", "--model.head_epochs", 0,
-             "--model.surrogate_lr", 0, "--model.lr", 1e-3, "--model.method.subsets", 8,
-             "--trainer.max_epochs", 4]  # fmt: skip
+             "--model.surrogate_lr", 0, "--model.method.subsets", 8, "--trainer.max_epochs", 4]  # fmt: skip
     petl("fit", *given, "--run_dir", "one", cwd=tmp_path)
     done = petl("fit", *given, *DDP, "--run_dir", "two", cwd=tmp_path, environments=two_ranks())
     assert done.stdout.count("the game of every training input is computed once") == 1
     one, two = (load_file(tmp_path / r / "adapter" / "adapter_model.safetensors") for r in ("one", "two"))
-    for key in one:  # the same game, and no draw in the explainer's training
+    # the last bias adds the same to every player, which the normalisation takes away: its gradient is rounding alone
+    for key in one.keys() - {"petl.explainer.mlp.4.bias"}:  # the same game, and no draw in the explainer's training
         torch.testing.assert_close(two[key], one[key], atol=2e-3, rtol=1e-2)
 
 
