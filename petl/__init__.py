@@ -36,11 +36,13 @@ _PUBLIC = {
     "ExplainedClassifier": "petl.models.explained",
     "explain": "petl.models.explained",
     "Classification": "petl.tasks.classification",
+    "SideSweep": "petl.tasks.sweep",
     "Method": "petl.methods.base",
     "load": "petl.adapters",
     "save": "petl.adapters",
     "Predictor": "petl.adapters.predictor",
     "AdapterSet": "petl.adapters.many",
+    "TapCache": "petl.engine.tap_cache",
     "WandbLogger": "petl.engine.loggers",
 }
 

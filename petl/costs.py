@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet, finalize
@@ -24,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from petl.errors import PetlError
 from petl.methods.attach import attached
-from petl.methods.base import MethodModule, PairModule
+from petl.methods.base import MethodModule, PairModule, TowerModule
 
 UNITS = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20}
 
@@ -49,6 +50,20 @@ class Part(NamedTuple):
     trained: int
 
 
+class KeptFrom(NamedTuple):
+    """``first``: the first block of an encoder in whose forward pass something is kept for backward that is no
+    parameter; None = in no block."""
+
+    encoder: str
+    first: int | None
+    depth: int
+
+    def __str__(self) -> str:
+        if self.first is None:
+            return f"in no block of the {self.encoder}"
+        return f"in the {self.encoder} from block {self.first} on (of 0 to {self.depth - 1})"
+
+
 @dataclass(frozen=True)
 class Report:
     """Counts of a model with a method attached.
@@ -59,7 +74,8 @@ class Report:
     forward ("GFLOPs" in most papers are 10^9 of these). ``saved_bytes``: kept for backward; ``peak_bytes``: the most
     that lives at once in the forward pass of training, those among them. ``weight_bytes``: of all parameters and
     buffers; ``trained_bytes``: of the trained ones. ``first_gradient``: where the backward pass ends in the backbone,
-    and why. ``parts``: parameters by module. ``counted``: in which precision, and how.
+    and why; ``kept_from``: the blocks that keep activations for it. ``parts``: parameters by module. ``counted``: in
+    which precision, and how.
     """
 
     method: str
@@ -74,6 +90,7 @@ class Report:
     weight_bytes: int
     trained_bytes: int
     first_gradient: tuple[str, str]
+    kept_from: tuple[KeptFrom, ...]
     parts: tuple[Part, ...]
     counted: str
 
@@ -121,7 +138,8 @@ class Report:
                 "at the peak of the forward pass",
                 f"fixed       {self.weight_bytes / 2**20:.1f} MiB of weights + {trained / 2**20:.1f} MiB of gradients"
                 f" + {2 * trained / 2**20:.1f} MiB of AdamW state",
-                f"gradient    goes back to {self.first_gradient[0]}: {self.first_gradient[1]}",
+                f"gradient    goes back to {self.first_gradient[0]}: {self.first_gradient[1]}; "
+                f"activations are kept {' and '.join(map(str, self.kept_from))}",
                 f"counted     {self.counted}",
             ]
         )
@@ -144,20 +162,44 @@ def count_macs(model: nn.Module, *inputs: Tensor) -> int:
 
 def count_saved_bytes(model: nn.Module, *inputs: Tensor) -> int:
     """Bytes of distinct storages that autograd keeps for backward after a forward pass, without parameters."""
-    weights = _storages(model)
+    return _kept(model, inputs, ())[0]
+
+
+def _kept(model: nn.Module, inputs: tuple[Tensor, ...], towers: Iterable[TowerModule]) -> tuple[int, list[int | None]]:
+    """`count_saved_bytes`, and of each of ``towers`` the first block in whose forward pass some of it is kept."""
+    weights, running = _storages(model), list[tuple[int, int]]()
     kept: WeakKeyDictionary[torch.UntypedStorage, int] = WeakKeyDictionary()  # without what is freed on the way
+    where: WeakKeyDictionary[torch.UntypedStorage, tuple[int, int]] = WeakKeyDictionary()
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage not in weights:
             kept[storage] = storage.nbytes()
+            if running:
+                where.setdefault(storage, running[-1])
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), _noting(towers, running):
         out = model(*inputs)
     found = sum(kept.values())
+    first = [min((i for j, i in where.values() if j == tower), default=None) for tower, _ in enumerate(towers)]
     del out  # held until here, and the graph with it
-    return found
+    return found, first
+
+
+@contextmanager
+def _noting(towers: Iterable[TowerModule], running: list[tuple[int, int]]) -> Iterator[None]:
+    """While a block runs, ``running`` ends with the index of its tower and its own."""
+    handles = []
+    for j, tower in enumerate(towers):
+        for i, block in enumerate(tower.view.block_modules()):
+            handles.append(block.register_forward_pre_hook(lambda *_, at=(j, i): running.append(at)))
+            handles.append(block.register_forward_hook(lambda *_: running.clear()))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _storages(model: nn.Module) -> set[torch.UntypedStorage]:
@@ -236,6 +278,7 @@ def report(
         weight_bytes=_bytes([*parameters.values(), *model.buffers()]),
         trained_bytes=_bytes(trained),
         first_gradient=module.first_gradient(),
+        kept_from=counts.kept_from,
         parts=_parts(parameters),
         counted=f"{'under autocast to' if autocast else 'in'} {precision}, {how}",
     )
@@ -243,15 +286,22 @@ def report(
 
 def _added(module: MethodModule | PairModule) -> int:
     """Parameters that the method brought, wherever in the model they lie."""
-    towers = (module.vision, module.text) if isinstance(module, PairModule) else (module,)
-    inside = (p for t in towers for n, p in t.view.model.named_parameters() if t.owns(n))
+    inside = (p for t in _towers(module).values() for n, p in t.view.model.named_parameters() if t.owns(n))
     return sum(p.numel() for p in {*module.parameters(), *inside})
+
+
+def _towers(module: MethodModule | PairModule) -> dict[str, TowerModule]:
+    """The halves of a method by the encoder that each is for."""
+    if isinstance(module, PairModule):
+        return {"image encoder": module.vision, "text encoder": module.text}
+    return {"backbone": module}
 
 
 class _Counts(NamedTuple):
     saved: SavedBytes
     peak: SavedBytes
     macs: int
+    kept_from: tuple[KeptFrom, ...]
 
 
 def _count(model: nn.Module, size: tuple[int, int, int], autocast: torch.dtype | None) -> tuple[_Counts, str]:
@@ -272,17 +322,19 @@ def _count(model: nn.Module, size: tuple[int, int, int], autocast: torch.dtype |
 
 def _run(model: nn.Module, size: tuple[int, int, int], autocast: torch.dtype | None) -> _Counts:
     model.train()
-    saved, peak = {}, {}
+    saved, peak, first = {}, {}, list[int | None]()
+    towers = _towers(_module(model))
     for n in (2, 3):
         inputs = _inputs(model, n, size)
         with (
             torch.autocast(inputs[0].device.type, autocast, enabled=autocast is not None),
             _Live(model, inputs) as live,
         ):
-            saved[n] = count_saved_bytes(model, *inputs)
+            saved[n], first = _kept(model, inputs, towers.values())
         peak[n] = live.peak
     macs = count_macs(model.eval(), *_inputs(model, 1, size))
-    return _Counts(_line(saved), _line(peak), macs)
+    kept = (KeptFrom(name, i, t.view.depth) for (name, t), i in zip(towers.items(), first, strict=True))
+    return _Counts(_line(saved), _line(peak), macs, tuple(kept))
 
 
 def _line(counted: dict[int, int]) -> SavedBytes:
@@ -316,6 +368,16 @@ def _parts(parameters: dict[str, nn.Parameter]) -> tuple[Part, ...]:
         Part(path, sum(p.numel() for p in group), sum(p.numel() for p in group if p.requires_grad))
         for path, group in found.items()
     )
+
+
+def _module(model: nn.Module) -> MethodModule | PairModule:
+    """The method module of whatever `report` takes."""
+    from petl.backbones.classifier import Classifier
+    from petl.models.grounding import GroundingModel
+
+    if isinstance(model, GroundingModel):
+        return model.petl
+    return attached(model.backbone if isinstance(model, Classifier) else model)
 
 
 def _single(

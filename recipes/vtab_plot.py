@@ -54,11 +54,11 @@ def plot(rows: Sequence[Row]) -> Figure:
     figure.draw_without_rendering()  # now the axes have their places and limits, which the names need
     figure.set_layout_engine("none")
     for ax, marks in zip(axes, panels, strict=True):
-        _name(ax, marks)
+        name_marks(ax, marks)
     return figure
 
 
-def _name(ax: Any, marks: Sequence[Mark]) -> None:
+def name_marks(ax: Any, marks: Sequence[Mark]) -> None:
     """Write the names beside their marks, where they hide no other name and no mark (or where they hide least)."""
     renderer = ax.figure.canvas.get_renderer()
     points = [ax.transData.transform((m.x, m.y)) for m in marks]

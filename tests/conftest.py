@@ -23,6 +23,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads or writes the user's cache of activations."""
+    os.environ["PETL_CACHE"] = str(tmp_path_factory.mktemp("taps"))
+
+
 def _timm(**options: object) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 

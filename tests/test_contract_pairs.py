@@ -25,7 +25,8 @@ from petl.methods.base import Method, from_dict
 from tests.conftest import PAIRS, build, expressions_and_images, grounding
 
 OPTIONS = {
-    "adapter": [{}, {"variant": "houlsby"}],
+    "adapter": [{}, {"variant": "houlsby", "layers": (-2, -1)}],
+    "full_fine_tuning": [{}, {"layers": (-1,)}],
     "dara": [{}, {"variant": "paper"}, {"pairs": 2, "text_layers": "last", "vision_layers": "first"}],
     "m2ist": [{}, {"side_seed": "zero"}, {"pairs": 2, "text_layers": "even", "vision_layers": "last"}],
     "ladder_side_tuning": [{"reduction": 1}, {"reduction": 1, "form": "gate", "layers": (0, 2), "init": "prune"}],

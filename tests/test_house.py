@@ -185,6 +185,7 @@ def test_docstrings_of_methods_name_their_options(name: str) -> None:
     "name",
     [
         "Classification",
+        "SideSweep",
         "Grounding",
         "GroundingModel",
         "WandbLogger",

@@ -17,7 +17,7 @@ from petl.adapters.peft_format import is_plain, load_plain
 from petl.adapters.state import set_trained_tensors
 from petl.backbones.base import BackboneView
 from petl.backbones.classifier import Classifier
-from petl.data.base import read_image
+from petl.data.decoded import read_image
 from petl.data.grounding_transforms import letterbox
 from petl.data.transforms import evaluation_transform
 from petl.errors import PetlError

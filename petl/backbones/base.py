@@ -8,8 +8,10 @@ adds what classification needs: pooled features, the class-token attention row.
 
 from __future__ import annotations
 
+import re
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -194,6 +196,10 @@ class EncoderView(ABC):
         """The mask to give to a block so that only tokens in ``keep``, bool (R, T), are attended to: (R, 1, 1, T)."""
         return keep[:, None, None]
 
+    def after_blocks(self, tokens: Tensor) -> Tensor:
+        """What `encode` of an image or text encoder does with the output of the last block, (B, N, C)."""
+        return tokens
+
     @abstractmethod
     def block_modules(self) -> list[nn.Module]:
         """The transformer blocks in order."""
@@ -218,6 +224,20 @@ class EncoderView(ABC):
     def fine_tuned(self, name: str) -> bool:
         """Whether full fine-tuning trains the backbone parameter ``name``."""
         return True
+
+    def places(self, names: Iterable[str]) -> dict[str, int]:
+        """The block in which each of ``names`` lies, -1 = before block 0, the depth = behind the last.
+
+        ``names``: of tensors or modules, in the order of the network.
+        """
+        block, found, place = re.compile(rf"{re.escape(self.block_path)}\.(\d+)(?:\.|$)"), dict[str, int](), -1
+        for name in names:
+            if inside := block.match(name):
+                place = int(inside[1])
+            elif place >= 0:
+                place = self.depth
+            found[name] = place
+        return found
 
 
 class ImageEncoder(EncoderView):

@@ -99,9 +99,15 @@ class HFCLIPText(_HFText):
             raise unsupported_block(module, "a layer of this CLIP text tower")
         return CLIPBlock(module)
 
+    @property
+    def _tower(self) -> Any:
+        return self.model if isinstance(self.model, CLIPTextModel) else cast(Any, self.model).text_model
+
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        tower: Any = self.model if isinstance(self.model, CLIPTextModel) else cast(Any, self.model).text_model
-        return tower(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self._tower(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    def after_blocks(self, tokens: Tensor) -> Tensor:
+        return self._tower.final_layer_norm(tokens)
 
     def fine_tuned(self, name: str) -> bool:
         return not name.startswith("text_projection.")  # maps into CLIP's joint space, which nothing here uses

@@ -178,7 +178,10 @@ class HFCLIPVision(_HFVision):
         return self._tower.post_layernorm(tokens[:, 0])
 
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor) -> Tensor:
-        return self._tower.post_layernorm(self._tower(pixel_values=pixel_values).last_hidden_state)
+        return self.after_blocks(self._tower(pixel_values=pixel_values).last_hidden_state)
+
+    def after_blocks(self, tokens: Tensor) -> Tensor:
+        return self._tower.post_layernorm(tokens)
 
     def fine_tuned(self, name: str) -> bool:
         return not name.startswith("visual_projection.")  # maps into CLIP's joint space, which nothing here uses
@@ -213,6 +216,9 @@ class HFViT(_HFVision):
 
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Tensor:
         return self._trunk(pixel_values=pixel_values).last_hidden_state
+
+    def after_blocks(self, tokens: Tensor) -> Tensor:
+        return self._trunk.layernorm(tokens)
 
     def fine_tuned(self, name: str) -> bool:
         return not name.startswith("pooler.")  # of ViTModel: a pre-training head that features do not pass

@@ -145,6 +145,9 @@ class TimmViT(BackboneView):
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor) -> Tensor:
         return self.model.forward_features(pixel_values)
 
+    def after_blocks(self, tokens: Tensor) -> Tensor:
+        return self.model.norm(tokens)
+
     def reduction_obstacle(self) -> str | None:
         model = self.model
         if model.cls_token is None:

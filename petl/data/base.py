@@ -7,18 +7,20 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import lightning as L
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader
 
+from petl.costs import parse_memory
+from petl.data.cached import CachedBatches, Recordable, as_it_is
+from petl.data.decoded import Decoded, Labelled, read_image
 from petl.data.loading import EvalSampler, KeyedDataset, ResumableLoader, TrainSampler
-from petl.data.transforms import evaluation_transform, train_transform
+from petl.data.transforms import normalisation, train_transform
 from petl.errors import PetlError
 
 SHOWN = 10  # problems named in an error; the rest are counted
@@ -68,22 +70,6 @@ class Split(Generic[E]):
         return hashlib.sha256("".join(f"{s.line}\n" for s in self.samples).encode()).hexdigest()
 
 
-def read_image(path: Path) -> Image.Image:
-    """Open and decode; raises `PetlError` that names the file."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, DecompressionBombError
-        kind = "does not exist" if isinstance(error, FileNotFoundError) else f"is cut short or not an image ({error})"
-        raise PetlError(f"image {path} {kind}.") from error
-
-
-def opened(image: Path | Image.Image) -> Image.Image:
-    """The image itself, or the decoded file."""
-    return read_image(image) if isinstance(image, Path) else image
-
-
 @dataclass
 class CheckReport:
     """What `petl data check` prints: ``lines`` of facts, and ``problems``."""
@@ -92,7 +78,7 @@ class CheckReport:
     problems: list[str] = field(default_factory=list)
 
 
-class DataModule(L.LightningDataModule):
+class DataModule(Recordable, L.LightningDataModule):
     """Base of all data sets.
 
     Subclasses fill ``splits`` in `read`, where they never decode images, and say how a sample becomes an entry of a
@@ -138,6 +124,7 @@ class DataModule(L.LightningDataModule):
         self.split_names: dict[str, str] = {}  # the data set's own names for them
         self.preprocessing: dict[str, Any] = {}  # what `evaluation_transform` takes; after `setup`
         self.problems: list[str] = []  # found by `read`
+        self.cached = {}
         self._has_read = False
         self._damage: dict[str, list[str]] = {}  # by split: what decoding found
 
@@ -199,10 +186,11 @@ class DataModule(L.LightningDataModule):
         if "train" not in self.splits:
             raise PetlError(f"{self.name} has no train split; call setup('fit') before train_dataloader().")
         world, rank = self._world()
-        data = KeyedDataset(self.splits["train"], self.transform(training=True), self.seed)
+        data = self._entries("train", training=True, moved=True)
         sampler = TrainSampler(data, self.batch_size, world, rank, self.seed, self.group)
         limit = self.trainer.limit_train_batches if self.trainer else 1.0
-        return ResumableLoader(data, sampler, self.num_workers, torch.cuda.is_available(), limit)
+        collate, still = (None, False) if isinstance(data, KeyedDataset) else (as_it_is, data.still)
+        return ResumableLoader(data, sampler, *self._loading("train"), limit, collate, still)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -225,16 +213,40 @@ class DataModule(L.LightningDataModule):
         if split not in self.splits:
             return []
         world, rank = (1, 0) if whole else self._world()
-        data = KeyedDataset(self.splits[split], self.transform(training=False), self.seed)
+        data, (workers, pin) = self._entries(split, training=False, moved=not whole), self._loading(split)
         return DataLoader(
             data,
+            collate_fn=None if isinstance(data, KeyedDataset) else as_it_is,
             batch_size=max(1, self.batch_size // world),  # by name: Lightning makes the loader anew to predict
             sampler=EvalSampler(data, world, rank),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin,
             generator=torch.Generator(),  # an iterator draws a seed when it is made: not from the training's generator
         )
+
+    def _loading(self, split: str) -> tuple[int, bool]:
+        """Loader processes of a split, and whether its batches lie in pinned memory."""
+        return (0, False) if self.on_device(split) else (self.num_workers, torch.cuda.is_available())
+
+    def _entries(self, split: str, training: bool, moved: bool) -> KeyedDataset | CachedBatches:
+        """What a loader reads; ``moved``: a trainer moves its batches to the device."""
+        data = self.entries(split, training)
+        if split in self.cached:
+            return self.from_taps(split, data)
+        if moved and isinstance(data.transform, Labelled) and self._on_gpu():
+            data.transform = replace(data.transform, raw=True)
+        return data
+
+    def _on_gpu(self) -> bool:
+        """Whether a trainer runs on a GPU: pictures travel there as uint8, and are normalised there."""
+        run: Any = self.trainer
+        strategy = getattr(run, "strategy", None)
+        return strategy is not None and strategy.root_device.type == "cuda" and run.state.status == "running"
+
+    def entries(self, split: str, training: bool = False) -> KeyedDataset:
+        """The entries of batches, all made from the samples themselves."""
+        return KeyedDataset(self.splits[split], self.transform(training), self.seed)
 
     def _world(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
@@ -299,16 +311,6 @@ class DataModule(L.LightningDataModule):
         }
 
 
-@dataclass(frozen=True)
-class _Labelled:
-    """`Sample` -> entry of a batch: ``image`` (3, H, W) and ``label``."""
-
-    picture: Callable[[Image.Image], Tensor]
-
-    def __call__(self, sample: Sample) -> dict[str, Any]:
-        return {"image": self.picture(opened(sample.image)), "label": sample.label}
-
-
 class LabelledDataModule(DataModule):
     """Base of the data sets for classification: subclasses set ``num_classes`` and ``labels`` in `read`."""
 
@@ -334,13 +336,31 @@ class ImageDataModule(LabelledDataModule):
     """Classification of images."""
 
     augmentation = "none"
+    keep_decoded = "1GiB"  # of memory for decoded pictures; not with loader processes, which share none
+    _decoded: Decoded | None = None
+
+    def varies(self, split: str, stream: str = "image") -> str | None:
+        if split != "train" or self.augmentation == "none":
+            return None
+        return f"augmentation {self.augmentation!r} changes its pictures at random"
+
+    def light(self, sample: Sample) -> dict[str, Any]:
+        return {"label": sample.label}
+
+    def setup(self, stage: str) -> None:
+        before = self.preprocessing
+        super().setup(stage)
+        if self.preprocessing != before:
+            self._decoded = None if self.num_workers else Decoded(parse_memory(self.keep_decoded))
 
     def transform(self, training: bool) -> Callable[[Sample], dict[str, Any]]:
-        return _Labelled(
-            train_transform(self.preprocessing, self.augmentation)
-            if training
-            else evaluation_transform(self.preprocessing)
-        )
+        augmentation = self.augmentation if training else "none"
+        return Labelled(train_transform(self.preprocessing, augmentation), self._decoded)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if "image" in batch and batch["image"].dtype == torch.uint8:
+            batch["image"] = normalisation(self.preprocessing)(batch["image"])
+        return batch
 
     def protocol(self) -> dict[str, Any]:
         return super().protocol() | {"augmentation": self.augmentation}

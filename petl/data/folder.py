@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
+from petl.costs import parse_memory
 from petl.data.base import ImageDataModule, Sample, Split, hold_out
 from petl.errors import PetlError, nearest
 
@@ -38,6 +39,8 @@ class ImageFolder(ImageDataModule):
         std: normalisation; None = the backbone's.
         seed: of data order, held-out images and augmentation.
         check_images: decode every image of the splits in use before the first epoch.
+        keep_decoded: memory for decoded images, e.g. "1GiB", which then are not decoded again; "0GB" = none. Not used
+            with num_workers.
     """
 
     mode = "center_crop"
@@ -55,8 +58,11 @@ class ImageFolder(ImageDataModule):
         std: tuple[float, float, float] | None = None,
         seed: int = 0,
         check_images: bool = True,
+        keep_decoded: str = "1GiB",
     ) -> None:
         super().__init__(batch_size, num_workers, image_size, mean, std, seed, check_images)
+        parse_memory(keep_decoded)
+        self.keep_decoded = keep_decoded
         if not 0 <= val_fraction < 1:
             raise PetlError(f"ImageFolder(val_fraction={val_fraction}): it lies in [0, 1).")
         self.root, self.csv = Path(root), Path(csv) if csv else None

@@ -3,7 +3,8 @@
 A batch holds ``image`` (B, 3, S, S) normalised, zeros in the padding; ``mask`` (B, S, S), True on the picture; ``box``
 (B, 4), cxcywh in [0, 1] of the padded canvas; ``expression``, a list of lower-cased strings, left and right swapped
 where the picture was mirrored; ``index`` (B,). Without augmentation also ``picture`` (B,), a number of the picture, so
-that one with several expressions is encoded once. Tokenising is the task's.
+that one with several expressions is encoded once. Tokenising is the task's. From recorded activations: see
+`petl.data.cached_references.CachedReferences`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
-from petl.data.base import SHOWN, DataModule, Split, opened, read_image
-from petl.data.grounding_transforms import Augmentation, Canvas, TrainTransform
+from petl.data.base import SHOWN, DataModule, Split
+from petl.data.cached import CachedBatches, Inputs
+from petl.data.cached_references import CachedReferences
+from petl.data.decoded import opened, read_image
+from petl.data.grounding_transforms import Augmentation, Canvas, Frame, TrainTransform
+from petl.data.loading import KeyedDataset
 from petl.errors import PetlError
 
 if TYPE_CHECKING:
@@ -66,14 +71,33 @@ class _Evaluation:
 
     def __init__(self, preprocessing: Mapping[str, Any]) -> None:
         self.canvas = Canvas(preprocessing)
+        self._sizes: dict[Path, tuple[int, int]] = {}
 
     def __call__(self, sample: Reference) -> dict[str, Any]:
         boxed = self.canvas.letterbox(opened(sample.image))
-        phrase = sample.expression.lower()
+        return {"image": boxed.image, **self._entry(sample, boxed)}
+
+    def light(self, sample: Reference) -> dict[str, Any]:
+        """The entry without the image, which is not decoded."""
+        return self._entry(sample, self.canvas.frame(self._size(sample.image)))
+
+    def _entry(self, sample: Reference, frame: Frame) -> dict[str, Any]:
         return {
-            "image": boxed.image, "mask": boxed.mask, "box": boxed.to_canvas(sample.corners), "expression": phrase,
+            "mask": frame.mask, "box": frame.to_canvas(sample.corners), "expression": sample.expression.lower(),
             "picture": zlib.crc32(sample.name.encode()),
         }  # fmt: skip
+
+    def _size(self, image: Path | Image.Image) -> tuple[int, int]:
+        """Width and height, of a file from its header."""
+        if not isinstance(image, Path):
+            return image.size
+        if image not in self._sizes:
+            try:
+                with Image.open(image) as header:
+                    self._sizes[image] = header.size
+            except Exception:  # decoders raise anything; `read_image` names the file
+                self._sizes[image] = read_image(image).size
+        return self._sizes[image]
 
 
 @dataclass(frozen=True)
@@ -143,6 +167,36 @@ class GroundingDataModule(DataModule):
         if training and self.augmentation is not None:
             return _Training(TrainTransform(self.preprocessing, self.augmentation))
         return _Evaluation(self.preprocessing)
+
+    # ---- what `petl.TapCache` asks
+
+    def varies(self, split: str, stream: str = "image") -> str | None:
+        if split == "train" and hasattr(self.splits[split], "at"):
+            return "its training pictures are new in every epoch"
+        if split == "train" and stream == "image" and self.augmentation is not None:
+            on = ", ".join(f"aug_{name}" for name, value in self.augmentation.record().items() if value is True)
+            return f"random transforms change its pictures ({on})"
+        return None
+
+    def contents(self, split: str, stream: str = "image") -> list[str]:
+        """Digests of the samples' pictures; of text every phrase that can stand in a batch, once."""
+        return super().contents(split) if stream == "image" else self._phrases(split)
+
+    def _phrases(self, split: str) -> list[str]:
+        found = dict.fromkeys(self.expressions(split))
+        if split == "train" and self.augmentation is not None:
+            found |= dict.fromkeys(variant for phrase in found for variant in self.augmentation.phrases(phrase))
+        return list(found)
+
+    def inputs(self, split: str, stream: str = "image") -> Inputs:
+        if stream == "image":
+            return super().inputs(split)
+        phrases = self._phrases(split)
+        return lambda positions: {"expression": [phrases[i] for i in positions]}
+
+    def from_taps(self, split: str, data: KeyedDataset) -> CachedBatches:
+        light = data.transform.light if isinstance(data.transform, _Evaluation) else None
+        return CachedReferences(data, light, self.cached[split], self._phrases(split))
 
     def expressions(self, split: str) -> list[str]:
         """Every expression of a split, lower-cased as in a batch."""

@@ -50,15 +50,13 @@ class Placement(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Letterboxed:
-    """A picture on a square canvas, and the way from its pixels to the canvas and back.
+class Frame:
+    """Where a picture lies on a square canvas, and the way from its pixels to the canvas and back.
 
-    ``image`` (3, S, S) is normalised, with zeros in the padding; ``mask`` (S, S) is True on the picture. ``scale`` is
-    canvas pixels per picture pixel, ``left`` and ``top`` where the picture begins, ``width`` and ``height`` its
-    original size.
+    ``mask`` (S, S) is True on the picture. ``scale`` is canvas pixels per picture pixel, ``left`` and ``top`` where the
+    picture begins, ``width`` and ``height`` its original size.
     """
 
-    image: Tensor
     mask: Tensor
     scale: float
     left: int
@@ -74,7 +72,7 @@ class Letterboxed:
 
     def to_pixels(self, box: Sequence[float] | Tensor) -> tuple[float, float, float, float]:
         """(cx, cy, w, h) in [0, 1] of the canvas -> (x0, y0, x1, y1) in pixels of the picture, clamped to it."""
-        side = self.image.shape[-1]
+        side = self.mask.shape[-1]
         cx, cy, w, h = (float(v) * side for v in box)
         rx, ry = self._ratios
         xs = ((v - self.left) / rx for v in (cx - w / 2, cx + w / 2))
@@ -86,7 +84,14 @@ class Letterboxed:
         """(x0, y0, x1, y1) in pixels of the picture -> (4,) cxcywh in [0, 1] of the canvas."""
         rx, ry = self._ratios
         x0, y0, x1, y1 = (float(v) for v in box)
-        return normalised((x0 * rx, y0 * ry, x1 * rx, y1 * ry), self.left, self.top, self.image.shape[-1])
+        return normalised((x0 * rx, y0 * ry, x1 * rx, y1 * ry), self.left, self.top, self.mask.shape[-1])
+
+
+@dataclass(frozen=True)
+class Letterboxed(Frame):
+    """A picture in its `Frame`: ``image`` (3, S, S) is normalised, with zeros in the padding."""
+
+    image: Tensor
 
 
 def scaled(width: int, height: int, scale: float) -> tuple[int, int]:
@@ -118,23 +123,33 @@ class Canvas:
         dw, dh = self.side - width, self.side - height
         return Placement(round(dw / 2 - 0.1), round(dh / 2 - 0.1), width, height)
 
+    def frame(self, size: tuple[int, int]) -> Frame:
+        """Of a picture of ``size`` (width, height), as `letterbox` lays it."""
+        scale = self.side / max(size)
+        place = self.centred(*scaled(*size, scale))
+        return Frame(self.mask(place), scale, place.left, place.top, *size)
+
     def letterbox(self, image: Image.Image) -> Letterboxed:
-        picture, scale = _pixels(image), self.side / max(image.size)
-        width, height = scaled(*image.size, scale)
+        picture, frame = _pixels(image), self.frame(image.size)
+        width, height = scaled(*image.size, frame.scale)
         if (width, height) != image.size:
             picture = F.resize(picture, [height, width], self.interpolation, antialias=True)
-        place = self.centred(width, height)
-        return Letterboxed(*self.lay(picture, place), scale, place.left, place.top, *image.size)
+        laid = self.lay(picture, Placement(frame.left, frame.top, width, height))
+        return Letterboxed(frame.mask, frame.scale, frame.left, frame.top, frame.width, frame.height, laid)
 
-    def lay(self, picture: Tensor, place: Placement) -> tuple[Tensor, Tensor]:
-        """A picture (3, h, w), uint8 or float32 in [0, 1] -> image (3, S, S) with zeros around it, mask (S, S)."""
-        image, mask = torch.zeros(3, self.side, self.side), torch.zeros(self.side, self.side, dtype=torch.bool)
-        rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
-        inside = image[:, rows, columns]
+    def mask(self, place: Placement) -> Tensor:
+        """(S, S), True on the picture."""
+        mask = torch.zeros(self.side, self.side, dtype=torch.bool)
+        mask[place.top : place.top + place.height, place.left : place.left + place.width] = True
+        return mask
+
+    def lay(self, picture: Tensor, place: Placement) -> Tensor:
+        """A picture (3, h, w), uint8 or float32 in [0, 1] -> image (3, S, S) with zeros around it."""
+        image = torch.zeros(3, self.side, self.side)
+        inside = image[:, place.top : place.top + place.height, place.left : place.left + place.width]
         torch.div(picture, 255 if picture.dtype == torch.uint8 else 1, out=inside)
         inside.sub_(self._mean).div_(self._std)
-        mask[rows, columns] = True
-        return image, mask
+        return image
 
 
 def letterbox(image: Image.Image, preprocessing: Mapping[str, Any]) -> Letterboxed:
@@ -193,6 +208,11 @@ class Augmentation:
     def record(self) -> dict[str, Any]:
         return asdict(self)
 
+    def phrases(self, phrase: str) -> tuple[str, ...]:
+        """What can become of a phrase."""
+        other = swap_sides(phrase, self.flip_words)
+        return (phrase, other) if self.flip and other != phrase else (phrase,)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -240,7 +260,7 @@ class TrainTransform:
             width, height = one.size
             place = Placement(between(0, side - width), between(0, side - height), width, height)
         target = normalised(one.box[0].tolist(), place.left, place.top, side)
-        return *self.canvas.lay(one.image, place), target, one.phrase
+        return self.canvas.lay(one.image, place), self.canvas.mask(place), target, one.phrase
 
     def _sizes(self, sizes: Sequence[int]) -> list[int]:
         """Sizes that belong to a canvas of 640 pixels, for this one."""

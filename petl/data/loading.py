@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sized
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -119,6 +120,15 @@ class KeyedDataset(Dataset):
             return {**self.transform(sample), "index": index}
 
 
+def one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches; while one is used, a thread makes the next."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
+
+
 class ResumableLoader(DataLoader):
     """A DataLoader over a `TrainSampler` that continues behind the batches handed out before the checkpoint.
 
@@ -131,17 +141,21 @@ class ResumableLoader(DataLoader):
         num_workers: loader processes; they live as long as the loader.
         pin_memory: as in `DataLoader`.
         limit: how much of an epoch is used, as in ``Trainer(limit_train_batches)``: a number of batches, or a share.
+        collate: as ``collate_fn`` of `DataLoader`.
+        ahead: make the next batch in a thread meanwhile, where there are no workers; for data that draws no numbers.
     """
 
     sampler: TrainSampler
 
     def __init__(
         self,
-        data: KeyedDataset,
+        data: Dataset,
         sampler: TrainSampler,
         num_workers: int = 0,
         pin_memory: bool = False,
         limit: int | float = 1.0,
+        collate: Callable[[Any], Any] | None = None,
+        ahead: bool = False,
     ) -> None:
         super().__init__(
             data,
@@ -151,7 +165,9 @@ class ResumableLoader(DataLoader):
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # an iterator draws a seed when it is made: not from the global state
+            collate_fn=collate,
         )
+        self._ahead = ahead
         whole = len(self)
         self._used = min(whole, limit) if isinstance(limit, int) else int(whole * limit)
         self._epoch, self._handed_out = 0, 0
@@ -169,7 +185,8 @@ class ResumableLoader(DataLoader):
             sampler.ahead, sampler.skip, self._resume = sampler.epoch - self._epoch, self._handed_out, None
         else:
             self._epoch, self._handed_out = sampler.epoch - sampler.ahead, 0
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        for batch in one_ahead(batches) if self._ahead and not self.num_workers else batches:
             self._handed_out += 1
             yield batch
 

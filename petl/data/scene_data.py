@@ -41,6 +41,15 @@ class Drawn(NamedTuple):
     max_things: int
     zoom: float
     kinds: int
+    brightness: float
+    noise: float
+
+    @property
+    def light(self) -> str:
+        """What tells these pictures from those of the same seed in daylight."""
+        return (
+            "" if (self.brightness, self.noise) == (1, 0) else f" brightness {self.brightness:g} noise {self.noise:g}"
+        )
 
 
 def references(first: int, count: int, least: int, drawn: Drawn) -> list[Reference]:
@@ -54,7 +63,7 @@ def references(first: int, count: int, least: int, drawn: Drawn) -> list[Referen
     for e in choose(found, count, np.random.default_rng([VERSION, seed, 1])):
         x0, y0, x1, y1 = scene.things[e.target].box
         box = (x0, y0, x1 - x0, y1 - y0)
-        name = f"scene {VERSION} {seed}"
+        name = f"scene {VERSION} {seed}{drawn.light}"
         samples.append(Reference(scene.image, e.text, box, drawn.size, drawn.size, name, f"{name} {e.target}"))
     return samples
 
@@ -96,6 +105,8 @@ class Scenes(GroundingDataModule):
         max_things: objects in a scene at most, 2 or more.
         zoom: factor on the size of the objects, 0.5 to 2; small ones are a fifth as wide as the picture.
         kinds: how many shapes and colours there are, 2 to 10 each.
+        brightness: factor on all pixel values, above 0 and at most 1; the bundled backbone has seen scenes at 1.
+        noise: standard deviation of sensor noise in grey levels, after that.
         fresh: new training scenes in every epoch; False = the same ones.
         scene_size: side of the generated pictures in pixels; they are scaled to the input.
         test_split: what `test` evaluates: "test" or "val".
@@ -120,6 +131,8 @@ class Scenes(GroundingDataModule):
         max_things: int = 4,
         zoom: float = 1.0,
         kinds: int = 10,
+        brightness: float = 1.0,
+        noise: float = 0.0,
         fresh: bool = False,
         scene_size: int = 64,
         test_split: str = "test",
@@ -143,7 +156,7 @@ class Scenes(GroundingDataModule):
             raise PetlError(f"Scenes(test_split={test_split!r}): {nearest(test_split, ('val', 'test'))}")
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
         self.expressions_per_scene, self.fresh = expressions_per_scene, fresh
-        self.drawn = Drawn(scene_size, max_things, zoom, kinds)
+        self.drawn = Drawn(scene_size, max_things, zoom, kinds, brightness, noise)
         self.group = 1 if augmentation else expressions_per_scene  # so that a scene is encoded once for all of them
         if train_size < 1 or min(self.sizes.values()) < 0:
             raise PetlError(f"Scenes: sizes {self.sizes} must not be negative, and there is something to train on.")
@@ -155,6 +168,10 @@ class Scenes(GroundingDataModule):
             raise PetlError(f"Scenes(kinds={kinds}): it lies between 2 and {len(SHAPES)}.")
         if not 0.5 <= zoom <= 2:
             raise PetlError(f"Scenes(zoom={zoom}): it lies between 0.5 and 2.")
+        if not 0 < brightness <= 1 or not 0 <= noise <= 64:
+            raise PetlError(
+                f"Scenes(brightness={brightness}, noise={noise}): brightness is above 0 and at most 1, noise 0 to 64."
+            )
         if scene_size < 32:
             raise PetlError(f"Scenes(scene_size={scene_size}): shapes can be told apart from 32 pixels on.")
 

@@ -130,11 +130,20 @@ def _fill(texture: str, color: str, size: tuple[int, int]) -> Image.Image:
     return paint
 
 
-def make_scene(seed: int, size: int = 64, max_things: int = 4, zoom: float = 1.0, kinds: int = 10) -> Scene:
+def make_scene(
+    seed: int,
+    size: int = 64,
+    max_things: int = 4,
+    zoom: float = 1.0,
+    kinds: int = 10,
+    brightness: float = 1.0,
+    noise: float = 0.0,
+) -> Scene:
     """The scene of ``seed``: an RGB picture of ``size`` x ``size`` pixels with 1 to ``max_things`` separate objects.
 
     Small objects are about a fifth as wide as the picture, large ones two fifths, times ``zoom``. They take the first
-    ``kinds`` of `SHAPES` and `COLORS`.
+    ``kinds`` of `SHAPES` and `COLORS`. A picture taken in little light: all values times ``brightness``, and then noise
+    of standard deviation ``noise`` in grey levels.
     """
     rng = np.random.default_rng([VERSION, seed])
     side = size * _SUPERSAMPLE
@@ -160,8 +169,11 @@ def make_scene(seed: int, size: int = 64, max_things: int = 4, zoom: float = 1.0
                 things.append(Thing(shape, color, thing_size, texture, (x0, y0, x1, y1)))
                 break
     image = canvas.resize((size, size), Image.Resampling.BOX)
-    noise = rng.normal(0, rng.uniform(0, 8), (size, size, 3))
-    image = Image.fromarray((np.asarray(image) + noise).round().clip(0, 255).astype(np.uint8))
+    grain = rng.normal(0, rng.uniform(0, 8), (size, size, 3))
+    pixels = brightness * (np.asarray(image) + grain)
+    if noise:
+        pixels += np.random.default_rng([VERSION, seed, 2]).normal(0, noise, pixels.shape)
+    image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
     return Scene(image, tuple(things), background, _caption(things, background, size, rng))
 
 

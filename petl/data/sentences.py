@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv as csv_module
+import hashlib
 import io
 import json
 import re
@@ -110,6 +111,12 @@ class Sentences(LabelledDataModule):
 
     def transform(self, training: bool) -> Callable[[Sentence], dict[str, Any]]:
         return _entry
+
+    def varies(self, split: str, stream: str = "text") -> str | None:
+        return None
+
+    def contents(self, split: str, stream: str = "text") -> list[str]:
+        return [hashlib.sha256(s.text.encode()).hexdigest() for s in self.splits[split].samples]
 
     def read(self) -> None:
         rows = {split: self._rows(file) for split, file in self.files.items()}

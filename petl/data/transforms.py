@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
 
 from petl.errors import PetlError, nearest
 
@@ -43,13 +45,25 @@ def record_values(
     return size, interpolation, mean, std
 
 
-def _parts(preprocessing: Mapping[str, Any]) -> tuple[list[int], InterpolationMode, Callable[[Image.Image], Tensor]]:
-    mode = preprocessing.get("mode")
-    if mode not in MODES:
-        raise PetlError(f"preprocessing mode {mode!r}: {nearest(str(mode), MODES)}")
-    size, interpolation, mean, std = record_values(preprocessing)
-    normalise = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
-    return size, interpolation, normalise
+@dataclass(frozen=True)
+class Preparation:
+    """PIL image -> normalised tensor (3, H, W), in parts that need not be done at the same time and place.
+
+    ``name``: tells apart what ``fixed`` does, PIL -> PIL, the same at every call. ``drawn``: random steps on that, if
+    any. ``normalise``: uint8 (…, 3, H, W) -> float32.
+    """
+
+    name: str
+    fixed: Callable[[Image.Image], Image.Image]
+    drawn: Callable[[Image.Image], Image.Image] | None
+    normalise: Callable[[Tensor], Tensor]
+
+    def pixels(self, fixed: Image.Image) -> Tensor:
+        """uint8 (3, H, W) of what ``fixed`` made."""
+        return F.pil_to_tensor(fixed if self.drawn is None else self.drawn(fixed))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.normalise(self.pixels(self.fixed(image)))
 
 
 def evaluation_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
@@ -59,17 +73,21 @@ def evaluation_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Im
     the size, "center_crop" of a picture whose shorter side is the size / 0.875, or "letterbox" (see
     `petl.data.grounding_transforms.letterbox`, which gives the mask too). Raises `PetlError` for others.
     """
-    size, interpolation, normalise = _parts(preprocessing)
-    if preprocessing["mode"] == "letterbox":
+    mode = preprocessing.get("mode")
+    if mode not in MODES:
+        raise PetlError(f"preprocessing mode {mode!r}: {nearest(str(mode), MODES)}")
+    size, interpolation, *_ = record_values(preprocessing)
+    if mode == "letterbox":
         from petl.data.grounding_transforms import letterbox
 
         record = dict(preprocessing)
         return lambda image: letterbox(image, record).image
-    if preprocessing["mode"] == "resize":
+    name = f"{mode} {size} {interpolation.value}"
+    if mode == "resize":
         steps = [v2.Resize(size, interpolation, antialias=True)]
     else:
         steps = [v2.Resize(round(max(size) / CROP_SHARE), interpolation, antialias=True), v2.CenterCrop(size)]
-    return v2.Compose([to_rgb, *steps, normalise])
+    return Preparation(name, v2.Compose([to_rgb, *steps]), None, normalisation(preprocessing))
 
 
 def train_transform(preprocessing: Mapping[str, Any], augmentation: str) -> Callable[[Image.Image], Tensor]:
@@ -82,9 +100,17 @@ def train_transform(preprocessing: Mapping[str, Any], augmentation: str) -> Call
         raise PetlError(f"augmentation {augmentation!r}: {nearest(augmentation, AUGMENTATIONS)}")
     if augmentation == "none":
         return evaluation_transform(preprocessing)
-    size, interpolation, normalise = _parts(preprocessing)
+    size, interpolation, *_ = record_values(preprocessing)
+    normalise = normalisation(preprocessing)
     if augmentation == "flip_crop":
         crop = v2.RandomResizedCrop(size, scale=(0.4, 1.0), interpolation=interpolation, antialias=True)
-        return v2.Compose([to_rgb, crop, v2.RandomHorizontalFlip(), normalise])
+        return Preparation("whole", to_rgb, v2.Compose([crop, v2.RandomHorizontalFlip()]), normalise)
+    resize = v2.Resize(size, interpolation, antialias=True)
     shift = v2.RandomAffine(0, translate=(1 / 16, 1 / 16), interpolation=InterpolationMode.BILINEAR)
-    return v2.Compose([to_rgb, v2.Resize(size, interpolation, antialias=True), shift, normalise])
+    return Preparation(f"resize {size} {interpolation.value}", v2.Compose([to_rgb, resize]), shift, normalise)
+
+
+def normalisation(preprocessing: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+    """uint8 (…, 3, H, W) -> float32, with the mean and std of a record."""
+    *_, mean, std = record_values(preprocessing)
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from petl.costs import parse_memory
 from petl.data.base import ImageDataModule, Sample, Split
 from petl.errors import PetlError, nearest
 
@@ -47,6 +48,8 @@ class VTAB(ImageDataModule):
         std: normalisation; None = the backbone's.
         seed: of the data order.
         check_images: decode every image of the splits in use before the first epoch.
+        keep_decoded: memory for decoded images, e.g. "1GiB", which then are not decoded again; "0GB" = none. Not used
+            with num_workers.
     """
 
     interpolation = "bicubic"
@@ -63,8 +66,11 @@ class VTAB(ImageDataModule):
         std: tuple[float, float, float] | None = None,
         seed: int = 0,
         check_images: bool = True,
+        keep_decoded: str = "1GiB",
     ) -> None:
         super().__init__(batch_size, num_workers, image_size, mean, std, seed, check_images)
+        parse_memory(keep_decoded)
+        self.keep_decoded = keep_decoded
         if train_split not in TRAIN_SPLITS:
             raise PetlError(f"VTAB(train_split={train_split!r}): {nearest(train_split, TRAIN_SPLITS)}")
         self.folder, self.task, self.train_split = Path(root) / task, task, train_split

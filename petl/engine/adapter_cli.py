@@ -91,7 +91,7 @@ def ground(args: Sequence[str]) -> None:
     from torchvision.transforms.functional import to_tensor
 
     from petl.adapters.predictor import load
-    from petl.data.base import read_image
+    from petl.data.decoded import read_image
     from petl.data.transforms import to_rgb
     from petl.pictures import box_grid
 

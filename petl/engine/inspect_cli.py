@@ -71,6 +71,9 @@ def report(args: Sequence[str]) -> None:
             raise PetlError("--memory: an explainer's report has no forecast of memory; leave it out.")
         _report_explanation(task, data)
         return
+    import torch
+
+    task.hold_frozen(sections.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model, size = _network(task, data)
     model, autocast = _in_precision(model, sections.precision)
     found = count(model, (3, size, size) if size else None, autocast)

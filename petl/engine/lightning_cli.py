@@ -24,6 +24,7 @@ from petl.engine.callbacks import LoadAdapter, Progress, Results, SaveAdapter
 from petl.engine.checkpoints import AtomicCheckpointIO, RunCheckpoint
 from petl.engine.errors import check_class_paths, explain, underlying
 from petl.engine.pictures import BoxPictures, TokenPictures
+from petl.engine.tap_cache import TapCache
 from petl.errors import PetlError, nearest
 from petl.methods import entries, get_method
 
@@ -105,6 +106,13 @@ class PetlCLI(LightningCLI):
         parser.add_argument(
             "--checkpoint_every", type=int, default=50, help="Steps between run states for resuming (--ckpt_path last)."
         )
+        for name, default, text in (
+            ("cache", "auto", "What the frozen network computes of an input, computed once: auto, off, or require."),
+            ("cache_dir", None, "Where it lies; 'memory' = in this process; null = $PETL_CACHE or ~/.cache/petl/taps."),
+            ("cache_limit", "20GB", "Of cache_dir; what was not used for longest makes room."),
+            ("cache_dtype", "bfloat16", "In which it is kept: bfloat16, or float32."),
+        ):
+            parser.add_argument(f"--{name}", type=str if default else str | None, default=default, help=text)
 
     @property
     def options(self) -> Any:
@@ -152,6 +160,7 @@ class PetlCLI(LightningCLI):
             TokenPictures(run / "pictures"),
             BoxPictures(run / "pictures", count=8),
             Results(run),
+            TapCache(options.cache, options.cache_dir, options.cache_limit, options.cache_dtype),
         ]
         if self.config["subcommand"] != "fit" and not options.get("ckpt_path"):
             callbacks.append(LoadAdapter(run / "adapter"))

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
+from torch.utils.data import default_collate
 
 from petl.methods.attach import attached
 from petl.methods.evit import ReducingModule
@@ -16,29 +17,44 @@ from petl.pictures import box_grid, kept_patches, token_grid, unnormalise
 
 
 class _ValidationPictures(Callback):
-    """Keeps the first samples of each validation."""
+    """Keeps the first samples of each validation, or of one on recorded activations their numbers."""
 
     def __init__(self, directory: Path, count: int = 4) -> None:
         self.directory, self.count = directory, count
-        self._batch: dict[str, Any] | None = None
+        self._batch: dict[str, Any] = {}
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if batch_idx == 0 and not trainer.sanity_checking and trainer.is_global_zero:
-            self._batch = {k: v[: self.count] for k, v in batch.items()}
+            kept = ("index",) if "taps" in batch else batch
+            self._batch = {k: batch[k][: self.count] for k in kept}
+
+    def taken(self) -> dict[str, Any]:
+        """What is kept of the validation that has ended, once; empty where there was none."""
+        kept, self._batch = self._batch, {}
+        return kept
+
+    def pictured(self, trainer: L.Trainer, pl_module: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        """`taken`, with the pictures where it is numbers alone."""
+        if batch.keys() != {"index"}:
+            return batch
+        entries = trainer.datamodule.entries("val")  # type: ignore[attr-defined]
+        whole = default_collate([entries[0, index] for index in batch["index"].tolist()])
+        return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(whole), pl_module.device)
 
 
 class TokenPictures(_ValidationPictures):
     """After each validation, a picture of which patches kept a token in each stage, with true and predicted label."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        batch, self._batch = self._batch, None
-        if batch is None or not hasattr(pl_module, "backbone"):
+        batch = self.taken()
+        if not batch or not hasattr(pl_module, "backbone"):
             return
         module = attached(pl_module.backbone)
         if not isinstance(module, ReducingModule):
             return
+        batch = self.pictured(trainer, pl_module, batch)
         logits, masks = kept_patches(pl_module.backbone, pl_module.model, batch["image"])
         if not masks:
             return
@@ -61,9 +77,10 @@ class BoxPictures(_ValidationPictures):
     """After each validation, a picture of true and predicted boxes with their expressions, and a table for W&B."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        batch, self._batch = self._batch, None
-        if batch is None or "box" not in batch:
+        batch = self.taken()
+        if not batch or not hasattr(pl_module, "boxes"):
             return
+        batch = self.pictured(trainer, pl_module, batch)
         predicted = pl_module.boxes(batch)
         ious = paired_iou(predicted, batch["box"]).tolist()
         preprocessing = trainer.datamodule.preprocessing  # type: ignore[attr-defined]

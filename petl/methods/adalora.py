@@ -81,6 +81,7 @@ class AdaLoRA(PeftMethod):
         end: share of the training after which the ranks stay.
         interval: steps from one pruning to the next.
         gamma: weight of the term that keeps the factors orthogonal.
+        layers: blocks (see petl.LoRA).
     """
 
     r: int = 12
@@ -92,6 +93,7 @@ class AdaLoRA(PeftMethod):
     end: float = 0.7
     interval: int = 10
     gamma: float = 0.1
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,12 +39,16 @@ class AdapterModule(MethodModule):
         def adapter() -> Bottleneck:
             return Bottleneck(view.width, method.bottleneck, activation=method.activation)
 
+        adapted = method.blocks(view)
         self.blocks = nn.ModuleList(
-            nn.ModuleDict({place: adapter() for place in PLACES[method.variant]}) for _ in range(view.depth)
+            nn.ModuleDict({place: adapter() for place in PLACES[method.variant] if index in adapted})
+            for index in range(view.depth)
         )
 
     def block(self, index: int, block: BlockView, x: Tensor, call: Call, state: Any) -> tuple[Tensor, Any]:
         adapters: nn.ModuleDict = self.blocks[index]  # type: ignore[assignment]
+        if not adapters:
+            return block.forward(x, call), state
         a = block.attention(x, call)
         if "attention" in adapters:
             a = a + adapters["attention"](a)
@@ -53,16 +57,19 @@ class AdapterModule(MethodModule):
         return block.after_ffn(y, f + adapters["ffn"](f)), state
 
     def macs(self, tokens: list[tuple[int, int]]) -> int:
-        houlsby = self.method.variant == "houlsby"
-        return sum(n * houlsby + m for n, m in tokens) * 2 * self.view.width * self.method.bottleneck
+        houlsby, adapted = self.method.variant == "houlsby", [tokens[i] for i in self.method.blocks(self.view)]
+        return sum(n * houlsby + m for n, m in adapted) * 2 * self.view.width * self.method.bottleneck
 
     def first_gradient(self) -> tuple[str, str]:
         where = "attention" if self.method.variant == "houlsby" else "the FFN"
-        return f"block 0, after {where}", "its adapter is the first trained tensor on the way of the data"
+        return (
+            f"block {self.first_changed()}, after {where}",
+            "its adapter is the first trained tensor on the way of the data",
+        )
 
 
 class AdapterPair(PairModule):
-    """Adapters in every block of both encoders, with nothing in common."""
+    """Adapters in the blocks of both encoders, with nothing in common."""
 
     vision: MethodModule
     text: MethodModule
@@ -85,11 +92,13 @@ class Adapter(Method):
         bottleneck: width b of the adapters.
         variant: "pfeiffer" (one per block, after the FFN) or "houlsby" (two, after attention and after the FFN).
         activation: "gelu" or "relu".
+        layers: blocks that get adapters, from 0 or, backwards, from -1; None = all.
     """
 
     bottleneck: int = 8
     variant: str = "pfeiffer"
     activation: str = "gelu"
+    layers: tuple[int, ...] | None = None
 
     towers: ClassVar[tuple[str, ...]] = EVERY_TOWER
 
@@ -97,6 +106,7 @@ class Adapter(Method):
         self.require("bottleneck", self.bottleneck, 1)
         self.choose("variant", tuple(PLACES))
         self.choose("activation", tuple(ACTIVATIONS))
+        self.check_layers()
 
     def build(self, view: BackboneView) -> AdapterModule:
         return AdapterModule(self, view)
@@ -107,4 +117,4 @@ class Adapter(Method):
     def parameter_count(self, view: BackboneView) -> int:
         """2 C b + b + C for each adapter."""
         b, c = self.bottleneck, view.width
-        return view.depth * len(PLACES[self.variant]) * (2 * c * b + b + c)
+        return len(self.blocks(view)) * len(PLACES[self.variant]) * (2 * c * b + b + c)

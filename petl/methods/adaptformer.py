@@ -30,35 +30,48 @@ class AdaptFormerModule(MethodModule):
 
     def __init__(self, method: AdaptFormer, view: EncoderView) -> None:
         super().__init__(method, view)
+        adapted = method.blocks(view)
         self.blocks = nn.ModuleList(
-            Bottleneck(view.width, method.bottleneck, method.scale, dropout=method.dropout) for _ in range(view.depth)
+            Bottleneck(view.width, method.bottleneck, method.scale, dropout=method.dropout)
+            if index in adapted
+            else nn.Identity()
+            for index in range(view.depth)
         )
 
     def block(self, index: int, block: BlockView, x: Tensor, call: Call, state: Any) -> tuple[Tensor, Any]:
+        adapter = self.blocks[index]
+        if isinstance(adapter, nn.Identity):
+            return block.forward(x, call), state
         y = block.after_attention(x, block.attention(x, call))
-        return block.after_ffn(y, block.ffn(y) + self.blocks[index](y)), state
+        return block.after_ffn(y, block.ffn(y) + adapter(y)), state
 
     def macs(self, tokens: list[tuple[int, int]]) -> int:
-        return sum(m for _, m in tokens) * 2 * self.view.width * self.method.bottleneck
+        adapted = self.method.blocks(self.view)
+        return sum(tokens[i][1] for i in adapted) * 2 * self.view.width * self.method.bottleneck
 
     def first_gradient(self) -> tuple[str, str]:
-        return "block 0, after the FFN", "its adapter is the first trained tensor that adds to the residual stream"
+        return (
+            f"block {self.first_changed()}, after the FFN",
+            "its adapter is the first trained tensor that adds to the residual stream",
+        )
 
 
 @register("adaptformer")
 @dataclass(frozen=True)
 class AdaptFormer(Method):
-    """AdaptFormer: a bottleneck parallel to the FFN of every block.
+    """AdaptFormer: a bottleneck parallel to the FFN of every block, or of some.
 
     Args:
         bottleneck: width of the adapters (8 in most tables of VTAB-1k).
         scale: factor s on what they add.
         dropout: dropout inside the adapters while training.
+        layers: blocks that get one, from 0 or, backwards, from -1; None = all.
     """
 
     bottleneck: int = 64
     scale: float = 0.1
     dropout: float = 0.1
+    layers: tuple[int, ...] | None = None
 
     towers: ClassVar[tuple[str, ...]] = EVERY_TOWER
 
@@ -66,6 +79,7 @@ class AdaptFormer(Method):
         self.require("bottleneck", self.bottleneck, 1)
         self.require("scale", self.scale, 0, integer=False)
         self.require("dropout", self.dropout, 0, integer=False, below=1)
+        self.check_layers()
 
     def build(self, view: BackboneView) -> AdaptFormerModule:
         return AdaptFormerModule(self, view)
@@ -76,4 +90,4 @@ class AdaptFormer(Method):
     def parameter_count(self, view: BackboneView) -> int:
         """2 C b + b + C for each block."""
         b, c = self.bottleneck, view.width
-        return view.depth * (2 * c * b + b + c)
+        return len(self.blocks(view)) * (2 * c * b + b + c)

@@ -6,6 +6,9 @@ The model stays the object it was: its class, its weights and their names. What 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -15,8 +18,10 @@ from petl.backbones import image_encoder, text_encoder
 from petl.backbones import view as find_view
 from petl.backbones.base import BlockView, Call, RankingBlock, ThreadState
 from petl.backbones.identity import Identity, identify
+from petl.backbones.replay import MASK, Recorder, ReplayedBlock, replayed_call
 from petl.errors import PetlError, nearest
 from petl.methods.base import Method, MethodModule, PairModule, TowerModule
+from petl.methods.regional import Compiled, undo
 
 
 class Pass:
@@ -26,27 +31,54 @@ class Pass:
         self.module = module
         self.local = ThreadState()  # (next block, state)
         self.final = ThreadState()  # state after the last block, until `take`
+        self.recorder = ThreadState()  # runs the blocks instead of the method, see `recording`
+        self.compiled: list[Compiled] = []  # `TowerModule.block` of each block, see petl/methods/regional.py
 
     def step(self, index: int, block: BlockView, x: Tensor, call: Call) -> Tensor:
+        if self.recorder.value is not None:
+            return self.recorder.value.step(index, block, x, call)
         module = self.module
         if index == 0:
             self._refuse_library_checkpointing()
             self.local.value = (0, module.begin(x))
         expected, state = self.local.value or (0, None)
+        run = partial(self.compiled[index], module) if self.compiled else module.block
         if expected != index:
             raise PetlError(
                 f"block {index} was called where block {expected} was due. With {module.method.name!r} attached the "
                 "blocks exchange tensors and run only as a whole, in order; call the model itself."
             )
-        if module.checkpointing and module.training and module.recomputes:
-            x, state = checkpoint(module.block, index, block, x, call, state, use_reentrant=False)
+        if index in module.recomputed and module.training:
+            x, state = checkpoint(run, index, block, x, call, state, use_reentrant=False)
         else:
-            x, state = module.block(index, block, x, call, state)
+            x, state = run(index, block, x, call, state)
         last = index + 1 == module.view.depth
         self.local.value = None if last else (index + 1, state)
         if last and module.has_output:
             self.final.value = state
         return x
+
+    @contextmanager
+    def recording(self, recorder: Recorder) -> Iterator[None]:
+        """Passes of this thread in here are those of the frozen network, and ``recorder`` runs their blocks."""
+        self.recorder.value = recorder
+        try:
+            yield
+        finally:
+            self.recorder.value = None
+
+    def replay(self, taps: Mapping[str, Tensor]) -> Tensor:
+        """What the last block hands on, from what a `Recorder` kept of `TowerModule.reads`."""
+        dtype = next(self.module.view.model.parameters()).dtype
+        x = taps.get("embedded", next(t for name, t in taps.items() if name != MASK)).to(dtype)
+        call = replayed_call(taps)
+        for index in range(self.module.view.depth):
+            x = self.step(index, ReplayedBlock(index, taps, dtype), x, call)
+        return x
+
+    def resume(self, index: int, x: Tensor) -> None:
+        """The next block that runs is ``index``, on ``x``; the method has changed none before it."""
+        self.local.value = (index, self.module.begin(x))
 
     def take(self) -> Any:
         """The state of the pass that has just ended."""
@@ -211,10 +243,12 @@ def remove(model: nn.Module) -> nn.Module:
 
 
 def _take_off(model: nn.Module, module: TowerModule) -> None:
+    undo(module)
     for block in module._blocks:
         del block.module.forward
         block.release()
     del model.train
+    module.checkpointing = False
     module.uninstall()
     requires_grad, training = module._before
     for name, parameter in model.named_parameters():

@@ -123,7 +123,7 @@ class AutoGnothi(Method):
         subsets: coalitions K per input and step of the explainer's training, in complementary pairs.
         sampler: law of the coalitions: "kernel" (the Shapley kernel), or "vitshapley" (as published, biased).
         form: of the ladder: "sum" (AutoGnothi) or "gate" (LST).
-        layers: blocks that the ladders tap, from 0; None = all.
+        layers: blocks that the ladders tap, from 0 or, backwards, from -1; None = all.
         extra_blocks: side attention blocks before the explainer's MLP.
         players: (rows, columns) of neighbouring patches that are one player; None = every patch.
         whole_words: text: a word is one player, not each of its pieces.
@@ -162,10 +162,9 @@ class AutoGnothi(Method):
                 f"AutoGnothi(subsets={self.subsets}): coalitions are drawn in complementary pairs, so subsets is even: "
                 f"{self.subsets + 1}, for instance."
             )
-        for option in ("layers", "players"):  # YAML and JSON give lists
-            value = getattr(self, option)
-            object.__setattr__(self, option, None if value is None else tuple(value))
+        self.check_layers()
         if self.players is not None:
+            object.__setattr__(self, "players", tuple(self.players))  # YAML and JSON give lists
             if len(self.players) != 2:
                 raise PetlError(f"AutoGnothi(players={self.players}): it is (rows, columns) of players.")
             for number in self.players:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, cast
@@ -14,6 +15,8 @@ from petl.backbones.base import BackboneView, BlockView, Call, EncoderView, Imag
 from petl.backbones.identity import Identity
 from petl.backbones.taps import Reader
 from petl.errors import PetlError, nearest
+from petl.methods.recompute import RecomputedBlock
+from petl.nn.blocks import chosen_blocks
 
 M = TypeVar("M", bound="type[Method]")
 EVERY_TOWER = ("timm_vit", "hf_clip_vision", "hf_vit", "detr", "hf_bert", "hf_clip_text")
@@ -28,13 +31,14 @@ class TowerModule(nn.Module):
 
     changes_blocks: ClassVar[bool] = False
     trains_backbone: ClassVar[bool] = False
-    recomputes: ClassVar[bool] = True  # whether activation checkpointing of a block saves anything
     has_output: ClassVar[bool] = False  # whether `output` needs the state after the last block
+
+    _checkpointing = False
+    recomputed = range(0)  # blocks of which no activation is kept beyond their input, see `checkpointing`
 
     def __init__(self, method: Method, view: EncoderView) -> None:
         super().__init__()
         self.method, self.view = method, view
-        self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
         self.identity: Identity  # of the frozen encoder, set by petl.attach, as are the next three
         self.run: Any  # the `Pass` that carries the state from block to block
         self._blocks: list[BlockView]  # whose forward is replaced
@@ -45,6 +49,9 @@ class TowerModule(nn.Module):
 
     def uninstall(self) -> None:
         """Undo `install`, and what `merge` left of it."""
+
+    def frozen_cast(self) -> None:
+        """Called when the frozen weights have got another dtype (see petl/methods/frozen_dtype.py)."""
 
     def trains(self, name: str) -> bool:
         """Whether the parameter ``name`` of the backbone is trained (as far as `install` did not put it there)."""
@@ -80,6 +87,48 @@ class TowerModule(nn.Module):
         """Tokens and state after block ``index``."""
         return block.forward(x, call), state
 
+    def first_changed(self) -> int:
+        """The first block that computes something else than in the frozen network, or gets other input; the depth =
+        none does.
+
+        Read off where the trained tensors lie: in block i of the network, in ``blocks.i`` of this module (what lies
+        elsewhere in here counts as before block 0). Only known when the method is attached.
+        """
+        if self.reads() is not None:
+            return self.view.depth
+        places = self.view.places(n for n, _ in self.view.model.named_parameters())
+        inside = [max(0, i) for n, i in places.items() if self.view.is_backbone(n) and self.trains(n)]
+        own = [re.match(r"blocks\.(\d+)\.", n) for n, _ in self.named_parameters()]
+        return min([*inside, *(int(block[1]) if block else 0 for block in own), self.view.depth])
+
+    def first_used(self) -> int:
+        """The first block that the method changes or needs to see: a pass can start there, from recorded input."""
+        return self.first_changed()
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether the blocks from `first_changed` on are run again in the backward pass, so that only their inputs are
+        kept for it."""
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, value: bool) -> None:
+        view = self.view
+        if value and not self.changes_blocks and view.library_checkpointing():
+            raise PetlError("the model's own gradient checkpointing is on already; leave it at that.")
+        blocks: list[Any] = [] if self.changes_blocks else view.block_modules()  # those that change are run by `Pass`
+        for block in blocks[self.recomputed.start : self.recomputed.stop]:
+            del block.forward
+        self._checkpointing = value
+        self.recomputed = range(self.first_changed(), view.depth) if value else range(0)
+        for block in blocks[self.recomputed.start : self.recomputed.stop]:
+            block.forward = RecomputedBlock(block, self).forward
+
+    def reads(self) -> tuple[str, ...] | None:
+        """Of a method beside the encoder, in which all blocks compute what they do without it: which taps of them it
+        needs (see petl/backbones/replay.py). None for the others."""
+        return None
+
     def output(self, h: Tensor, state: Any) -> Tensor:
         """What the encoder hands on in a pair, from its own output (B, N, C) and the state after the last block."""
         return h
@@ -92,8 +141,12 @@ class TowerModule(nn.Module):
 class MethodModule(TowerModule):
     """The trained tensors of a method on one backbone. Stands in the model as ``model.petl``."""
 
-    beside: ClassVar[bool] = False  # whether all blocks compute what they do in the frozen network; see `reader`
     view: BackboneView
+
+    @property
+    def beside(self) -> bool:
+        """Whether all blocks compute what they do in the frozen network; see `reader`."""
+        return self.reads() is not None
 
     def reader(self, first: int | None) -> Reader | None:
         """Of a method ``beside`` the network: what reads its block outputs; None where only the head is trained.
@@ -143,7 +196,7 @@ class PairModule(nn.Module):
     def first_gradient(self) -> tuple[str, str]:
         """The first point of the encoders that takes part in the backward pass, and why."""
         if self.trains_backbone:
-            return "first trained stage of each encoder", "every weight is trained that full fine-tuning trains"
+            return "first trained stage of each encoder", "its weights are trained"
         return "vision-language encoder", "nothing inside the encoders is trained"
 
 
@@ -180,6 +233,24 @@ class Method(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "options": dataclasses.asdict(self)}
+
+    def blocks(self, view: EncoderView) -> tuple[int, ...]:
+        """The blocks that option ``layers`` names, in order; all where there is none. `PetlError` for one beyond."""
+        return chosen_blocks(view.depth, getattr(self, "layers", None))
+
+    def trained_places(self, view: EncoderView) -> tuple[int, ...]:
+        """Places (`EncoderView.places`) where something is trained: ``layers`` and what follows the blocks, or all."""
+        first = () if getattr(self, "layers", None) is not None else (-1,)
+        return (*first, *self.blocks(view), view.depth)
+
+    def check_layers(self) -> None:
+        """Make option ``layers`` a tuple. Raises `PetlError` unless it is None or a list of integers."""
+        layers = getattr(self, "layers", None)
+        if layers is None:
+            return
+        if not isinstance(layers, (list, tuple)) or any(isinstance(i, bool) or not isinstance(i, int) for i in layers):
+            raise PetlError(f"{type(self).__name__}(layers={layers!r}): give a list of block numbers.")
+        object.__setattr__(self, "layers", tuple(layers))
 
     def require(self, name: str, value: Any, low: float, integer: bool = True, below: float = math.inf) -> None:
         """Raise `PetlError` unless option ``name`` is a number of at least ``low`` and less than ``below``."""

@@ -25,17 +25,27 @@ from petl.methods.layers import LayersModule, Shift, places_with
 @register("bitfit")
 @dataclass(frozen=True)
 class BitFit(Method):
-    """BitFit: train every bias of the backbone and the head."""
+    """BitFit: train every bias of the backbone and the head.
+
+    Args:
+        layers: blocks whose biases are trained, from 0 or, backwards, from -1, and with them those behind the last
+            block; None = all.
+    """
+
+    layers: tuple[int, ...] | None = None
 
     mergeable: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        self.check_layers()
+
     def build(self, view: BackboneView) -> LayersModule:
         module = LayersModule(self, view)
-        for place in places_with(view, "bias"):
+        for place in places_with(view, "bias", blocks=self.trained_places(view)):
             module.add(place, Shift(place.layer, ("bias",)))
         if not self.parameter_count(view):
             raise PetlError(f"'bitfit' trains biases, and this {view.family} has none. Use 'ln_tuning' or 'ssf'.")
         return module
 
     def parameter_count(self, view: BackboneView) -> int:
-        return sum(place.layer.bias.numel() for place in places_with(view, "bias"))
+        return sum(p.layer.bias.numel() for p in places_with(view, "bias", blocks=self.trained_places(view)))

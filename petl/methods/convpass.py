@@ -63,7 +63,11 @@ class ConvpassModule(MethodModule):
         def bypass() -> Bypass:
             return Bypass(view.width, method, view.prefix_tokens)
 
-        self.blocks = nn.ModuleList(nn.ModuleDict({"attention": bypass(), "ffn": bypass()}) for _ in range(view.depth))
+        adapted = method.blocks(view)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({place: bypass() for place in ("attention", "ffn") if index in adapted})
+            for index in range(view.depth)
+        )
 
     def install(self) -> None:
         self.grid.watch()
@@ -75,8 +79,10 @@ class ConvpassModule(MethodModule):
         return self.grid.take(x)
 
     def block(self, index: int, block: BlockView, x: Tensor, call: Call, state: Any) -> tuple[Tensor, Any]:
-        self.grid.refuse_mask(call)
         bypasses: nn.ModuleDict = self.blocks[index]  # type: ignore[assignment]
+        if not bypasses:
+            return block.forward(x, call), state
+        self.grid.refuse_mask(call)
         n = block.attention_input(x)
         a = block.attention_branch(block.attend(n, call))
         y = block.after_attention(x, a + bypasses["attention"](n, state))
@@ -86,10 +92,17 @@ class ConvpassModule(MethodModule):
 
     def macs(self, tokens: list[tuple[int, int]]) -> int:
         h, prefix = self.method.bottleneck, self.view.prefix_tokens
-        return sum(t * 2 * self.view.width * h + (9 * (t - prefix) + prefix) * h * h for both in tokens for t in both)
+        bypassed = [t for i in self.method.blocks(self.view) for t in tokens[i]]
+        return sum(t * 2 * self.view.width * h + (9 * (t - prefix) + prefix) * h * h for t in bypassed)
+
+    def first_used(self) -> int:
+        return 0  # the grid is read off the patch embedding of the same pass
 
     def first_gradient(self) -> tuple[str, str]:
-        return "block 0, after attention", "its bypass is the first trained tensor that adds to the residual stream"
+        return (
+            f"block {self.first_changed()}, after attention",
+            "its bypass is the first trained tensor that adds to the residual stream",
+        )
 
 
 @register("convpass")
@@ -101,16 +114,19 @@ class Convpass(Method):
         bottleneck: width h of the bypasses.
         scale: factor s on what they add; searched from 0.01 to 100 for each task in the paper.
         dropout: dropout before the up-projection while training.
+        layers: blocks that get bypasses, from 0 or, backwards, from -1; None = all.
     """
 
     bottleneck: int = 8
     scale: float = 1.0
     dropout: float = 0.1
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         self.require("bottleneck", self.bottleneck, 1)
         self.require("scale", self.scale, 0, integer=False)
         self.require("dropout", self.dropout, 0, integer=False, below=1)
+        self.check_layers()
 
     def build(self, view: BackboneView) -> ConvpassModule:
         return ConvpassModule(self, view)
@@ -118,4 +134,4 @@ class Convpass(Method):
     def parameter_count(self, view: BackboneView) -> int:
         """2 C h + h + C of the projections and 9 h² + h of the convolution, twice for each block."""
         h, c = self.bottleneck, view.width
-        return view.depth * 2 * (2 * c * h + h + c + 9 * h * h + h)
+        return len(self.blocks(view)) * 2 * (2 * c * h + h + c + 9 * h * h + h)

@@ -45,6 +45,9 @@ class DARATower(PairTower):
         u = block.ffn_input(y)
         return block.after_ffn(y, block.ffn_branch(block.ffn_output(u)) + adapter.interactive(u, self.shared[j])), state
 
+    def first_changed(self) -> int:
+        return min(self.pair_of)
+
 
 class DARAModule(PairedAdapters):
     def first_gradient(self) -> tuple[str, str]:

@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from petl.backbones.base import BackboneView, BlockView, Call
 from petl.errors import PetlError
@@ -49,7 +48,6 @@ class DTLModule(MethodModule):
 
     method: DTL
     changes_blocks: ClassVar[bool] = True
-    recomputes: ClassVar[bool] = False  # the first blocks keep nothing; the others are recomputed in `block`
 
     def __init__(self, method: DTL, view: BackboneView) -> None:
         super().__init__(method, view)
@@ -73,17 +71,18 @@ class DTLModule(MethodModule):
     def block(self, index: int, block: BlockView, x: Tensor, call: Call, state: Any) -> tuple[Tensor, Any]:
         if self.grid is not None:
             self.grid.refuse_mask(call)
-        if index >= self.start and self.checkpointing and self.training:
-            return checkpoint(self.step, index, block, x, call, state, use_reentrant=False)
-        return self.step(index, block, x, call, state)
-
-    def step(self, index: int, block: BlockView, x: Tensor, call: Call, state: Any) -> tuple[Tensor, Any]:
         grid, r = state
         r = r + self.blocks[index](x)
         x = block.forward(x, call)  # up to block `start` no input has a gradient, so autograd records nothing of it
         if index >= self.start:
             x = x + self.feedback(r, grid)
         return x, (grid, r)
+
+    def first_changed(self) -> int:
+        return self.start
+
+    def first_used(self) -> int:
+        return 0  # the side stream reads every block
 
     def feedback(self, r: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """g(θ(r)), (B, P + N, C)."""

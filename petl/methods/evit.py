@@ -79,6 +79,11 @@ class ReducingModule(MethodModule):
             n = m
         return counts
 
+    def first_changed(self) -> int:
+        """An event with too few patches to reject any changes nothing, which depends on the image."""
+        reducing = self.events if self.reducer.keep_rate < 1 else ()
+        return min([super().first_changed(), *reducing])
+
     def history_length(self, index: int) -> int:
         """Tensors beside the stream that an event at block ``index`` reduces."""
         return 0

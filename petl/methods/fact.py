@@ -93,7 +93,7 @@ class FacTModule(LayersModule):
     def __init__(self, method: FacT, view: BackboneView) -> None:
         super().__init__(method, view)
         self.factors = Factors(view.width, method.rank, method.variant)
-        for place, _ in parts_of(view, "q", "k", "v", "out", "fc1", "fc2"):
+        for place, _ in parts_of(view, "q", "k", "v", "out", "fc1", "fc2", blocks=method.blocks(view)):
             outputs, inputs = place.layer.weight.shape
             if outputs % view.width or inputs % view.width:
                 raise PetlError(
@@ -113,6 +113,7 @@ class FacT(Method):
         rank: r, the width of the factors; the paper takes 16 for "tt" and 32 for "tk".
         scale: s, the factor on the change; the paper searches it from 0.01 to 100 for each task.
         dropout: share of the r-dimensional activations that is dropped in training.
+        layers: blocks whose weights change, from 0 or, backwards, from -1; None = all.
     """
 
     mergeable: ClassVar[bool] = True
@@ -121,17 +122,19 @@ class FacT(Method):
     rank: int = 16
     scale: float = 1.0
     dropout: float = 0.1
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         self.choose("variant", VARIANTS)
         self.require("rank", self.rank, 1)
         self.require("scale", self.scale, 0, integer=False)
         self.require("dropout", self.dropout, 0, integer=False, below=1)
+        self.check_layers()
 
     def build(self, view: BackboneView) -> FacTModule:
         return FacTModule(self, view)
 
     def parameter_count(self, view: BackboneView) -> int:
-        r, matrices = self.rank, view.depth * (4 + 2 * (view.hidden // view.width))
+        r, matrices = self.rank, len(self.blocks(view)) * (4 + 2 * (view.hidden // view.width))
         own = matrices * r * r if self.variant == "tt" else r**3 + matrices * r
         return 2 * view.width * r + own

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from petl.backbones.base import BackboneView, BlockView, Call, EncoderView, ImageEncoder, TextEncoder
+from petl.backbones.replay import MASK, visible
 from petl.backbones.taps import Reader
 from petl.errors import PetlError
 from petl.methods.base import EVERY_TOWER, Method, MethodModule, PairModule, register
@@ -43,8 +44,6 @@ class LadderModule(MethodModule):
 
     method: LadderSideTuning
     changes_blocks: ClassVar[bool] = True
-    beside: ClassVar[bool] = True
-    recomputes: ClassVar[bool] = False  # the frozen blocks keep nothing; side blocks are recomputed in `block`
 
     def __init__(self, method: LadderSideTuning, view: EncoderView) -> None:
         super().__init__(method, view)
@@ -79,6 +78,12 @@ class LadderModule(MethodModule):
     def last(self, h: Tensor, z: Tensor) -> Tensor:
         return h + self.up(self.ladder.finish(z)).to(h.dtype)
 
+    def reads(self) -> tuple[str, ...]:
+        tapped = (*self.ladder.layers, self.view.depth - 1)
+        seed = ["embedded"] if self.ladder.seed else []
+        mask = () if isinstance(self.view, BackboneView) else (MASK,)  # a vision transformer attends to all its tokens
+        return (*seed, *mask, *dict.fromkeys(f"block.{i}" for i in tapped))
+
     def reader(self, first: int | None) -> Reader:
         return FirstTokens(self.ladder, first)
 
@@ -100,30 +105,6 @@ class LadderPair(PairModule):
 
     def first_gradient(self) -> tuple[str, str]:
         return "outputs of the last layers", "the side blocks read the encoders without a gradient"
-
-
-def visible(call: Call, tokens: int, device: torch.device) -> Tensor | None:
-    """What each token of a frozen block attends to: bool (B or 1, T or 1, T), or None where it is everything.
-
-    Raises:
-        PetlError: the block has a mask of another kind than sdpa, eager and flash attention take.
-    """
-    mask = call.args[0] if call.args else call.kwargs.get("attention_mask", call.kwargs.get("attn_mask"))
-    keep = None
-    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1:  # sdpa: bool; eager: 0 or very negative
-        keep = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0]
-    elif isinstance(mask, Tensor) and mask.ndim == 2 and "attn_mask" not in call.kwargs:  # flash: (B, T), 1 on words
-        keep = mask.bool()[:, None]
-    elif mask is not None:
-        shape = f" of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
-        raise PetlError(
-            f"ladder_side_tuning cannot read the attention mask of this backbone, a {type(mask).__name__}{shape}; it "
-            "takes one of (B, 1, 1 or T, T). In an HF model, model.set_attn_implementation('sdpa') makes such masks."
-        )
-    if call.kwargs.get("is_causal"):
-        causal = torch.ones(1, tokens, tokens, dtype=torch.bool, device=device).tril()
-        keep = causal if keep is None else keep & causal
-    return keep
 
 
 @torch.no_grad()
@@ -181,7 +162,7 @@ class LadderSideTuning(Method):
     Args:
         reduction: r; the side blocks are width / r wide and have as many heads as the backbone.
         form: how a block's output enters: "sum" (GELU and a sum, as AutoGnothi) or "gate" (a learned mean, as LST).
-        layers: blocks (from 0) that have a side block; None = all.
+        layers: blocks that have a side block, from 0 or, backwards, from -1; None = all.
         init: side blocks start at "random" or as pruned blocks of the backbone, "prune".
     """
 
@@ -196,12 +177,7 @@ class LadderSideTuning(Method):
         self.require("reduction", self.reduction, 1)
         self.choose("form", FORMS)
         self.choose("init", INITS)
-        if self.layers is not None:
-            if not isinstance(self.layers, (list, tuple)):
-                raise PetlError(f"LadderSideTuning(layers={self.layers!r}): give a list of block numbers.")
-            object.__setattr__(self, "layers", tuple(self.layers))
-            for layer in self.layers:
-                self.require("layers", layer, 0)
+        self.check_layers()
 
     def build(self, view: BackboneView) -> LadderModule:
         return LadderModule(self, view)

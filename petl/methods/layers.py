@@ -6,8 +6,8 @@ it again when the method is taken off.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Container, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,18 +89,17 @@ class _OwnForward:
 
 
 class Place(NamedTuple):
-    """A layer of the backbone: in ``block``, or outside the blocks (None)."""
+    """A layer of the backbone, ``inside`` a block or outside: before block 0 (-1) or behind the last (the depth)."""
 
-    block: int | None
+    block: int
     name: str
     layer: Any
+    inside: bool = True
 
 
 class LayersModule(MethodModule):
     """Trained parts by place: ``blocks.3.qkv``, ``outer.final_norm``. Subclasses `add` them in their constructor, in
     the order in which the network runs the layers."""
-
-    changes_blocks: ClassVar[bool] = True  # so that a block is what activation checkpointing recomputes
 
     def __init__(self, method: Method, view: BackboneView) -> None:
         super().__init__(method, view)
@@ -109,7 +108,7 @@ class LayersModule(MethodModule):
 
     def add(self, place: Place, part: LayerPart) -> None:
         """Register ``part`` as the trained part of the layer at ``place``."""
-        parts: Any = self.outer if place.block is None else self.blocks[place.block]
+        parts: Any = self.blocks[place.block] if place.inside else self.outer
         parts[place.name] = part
         self._places.append((place, part))
 
@@ -128,20 +127,24 @@ class LayersModule(MethodModule):
     def macs(self, tokens: list[tuple[int, int]]) -> int:
         patches = tokens[0][0] - self.view.prefix_tokens
         return sum(
-            part.macs(place.layer, patches if place.block is None else tokens[place.block][0])
-            for place, part in self._places
+            part.macs(place.layer, tokens[place.block][0] if place.inside else patches) for place, part in self._places
         )
 
+    def first_changed(self) -> int:
+        return max(0, min(place.block for place, _ in self._places))
+
     def first_gradient(self) -> tuple[str, str]:
-        block, name, layer = self._places[0][0]
+        block, name, layer, inside = min((place for place, _ in self._places), key=lambda place: place.block)
         outer = "patch embedding" if isinstance(layer, nn.Conv2d) else "norm before block 0"
-        return outer if block is None else f"block {block}, {name}", "it is the first layer with a trained part"
+        return f"block {block}, {name}" if inside else outer, "it is the first layer with a trained part"
 
 
-def parts_of(view: BackboneView, *names: str) -> Iterator[tuple[Place, int]]:
-    """The layers that compute the parts ``names`` of each block, and how many of them each computes: a fused
-    projection is one place, ``"qkv"``, and computes 3."""
+def parts_of(view: BackboneView, *names: str, blocks: Container[int] | None = None) -> Iterator[tuple[Place, int]]:
+    """The layers that compute the parts ``names`` of each block, or of ``blocks``, and how many of them each computes:
+    a fused projection is one place, ``"qkv"``, and computes 3."""
     for index, module in enumerate(view.block_modules()):
+        if blocks is not None and index not in blocks:
+            continue
         layers: dict[nn.Module, list[str]] = {}
         for name, part in view.block_view(module).parts().items():
             if name in names:
@@ -153,20 +156,23 @@ def parts_of(view: BackboneView, *names: str) -> Iterator[tuple[Place, int]]:
 def outer_places(view: BackboneView) -> Iterator[Place]:
     """The layers outside the blocks: ``patch_embedding``, ``pre_norm``, ``final_norm``, as far as there are any."""
     for name, layer in view.outer_layers().items():
-        yield _checked(Place(None, name, layer))
+        yield _checked(Place(view.depth if name == "final_norm" else -1, name, layer, False))
 
 
-def places_with(view: BackboneView, tensor: str, kind: type[nn.Module] = nn.Module) -> Iterator[Place]:
-    """Every layer of this kind whose own ``tensor`` ("weight" or "bias") full fine-tuning trains too."""
-    for path, layer in view.model.named_modules():
-        name = f"{path}.{tensor}"
+def places_with(
+    view: BackboneView, tensor: str, kind: type[nn.Module] = nn.Module, blocks: Container[int] | None = None
+) -> Iterator[Place]:
+    """Every layer of this kind whose own ``tensor`` ("weight" or "bias") full fine-tuning trains too, of all places or
+    of ``blocks`` (see `Place`)."""
+    modules = dict(view.model.named_modules())
+    for path, place in view.places(modules).items():
+        layer, name = modules[path], f"{path}.{tensor}"
         if not isinstance(layer, kind) or not isinstance(getattr(layer, tensor, None), nn.Parameter):
             continue
-        if not view.is_backbone(name) or not view.fine_tuned(name):
+        if not view.is_backbone(name) or not view.fine_tuned(name) or (blocks is not None and place not in blocks):
             continue
-        inside = path.removeprefix(view.block_path + ".")
-        index, _, rest = inside.partition(".") if inside != path else ("", "", path)
-        yield _checked(Place(int(index) if index else None, rest.replace(".", "_"), layer))
+        inside = path.removeprefix(f"{view.block_path}.{place}.")
+        yield _checked(Place(place, inside.replace(".", "_"), layer, inside != path))
 
 
 def _checked(place: Place) -> Place:
@@ -174,7 +180,7 @@ def _checked(place: Place) -> Place:
     layer: Any = place.layer
     if isinstance(layer, KINDS) and layer.weight is not None:
         return place
-    where = place.name if place.block is None else f"{place.name} of block {place.block}"
+    where = f"{place.name} of block {place.block}" if place.inside else place.name
     raise PetlError(
         f"{where} of this backbone is a {type(layer).__name__}; a trained part of a layer needs a Linear, Conv2d or "
         "LayerNorm with a weight. Adapters between the layers (AdaptFormer, Sparse-Tuning) still work."

@@ -10,7 +10,8 @@ from petl.methods.base import EVERY_TOWER, Method, MethodModule, register
 
 
 class _Probe(MethodModule):
-    beside: ClassVar[bool] = True
+    def reads(self) -> tuple[str, ...]:
+        return ()
 
 
 @register("linear_probe")

@@ -25,18 +25,28 @@ from petl.methods.layers import LayersModule, Shift, places_with
 @register("ln_tuning")
 @dataclass(frozen=True)
 class LNTuning(Method):
-    """LN-tuning: train weight and bias of every LayerNorm of the backbone, and the head."""
+    """LN-tuning: train weight and bias of every LayerNorm of the backbone, and the head.
+
+    Args:
+        layers: blocks whose norms are trained, from 0 or, backwards, from -1, and with them the norm behind the last
+            block; None = all.
+    """
+
+    layers: tuple[int, ...] | None = None
 
     mergeable: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        self.check_layers()
+
     def build(self, view: BackboneView) -> LayersModule:
         module = LayersModule(self, view)
-        for place in places_with(view, "weight", nn.LayerNorm):
+        for place in places_with(view, "weight", nn.LayerNorm, self.trained_places(view)):
             module.add(place, Shift(place.layer, tuple(n for n, _ in place.layer.named_parameters())))
         if not self.parameter_count(view):
             raise PetlError(f"'ln_tuning' trains LayerNorms, and this {view.family} has none with a weight.")
         return module
 
     def parameter_count(self, view: BackboneView) -> int:
-        norms = places_with(view, "weight", nn.LayerNorm)
+        norms = places_with(view, "weight", nn.LayerNorm, self.trained_places(view))
         return sum(p.numel() for place in norms for p in place.layer.parameters())

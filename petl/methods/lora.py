@@ -69,12 +69,15 @@ class LoRA(_LowRank):
             has them), ends of module paths, or regular expressions. q, k and v get matrices of their own even where
             the network fuses them.
         dropout: on the input of the product.
+        layers: blocks whose layers are changed, from 0 or, backwards, from -1; None = all, and the layers outside the
+            blocks that parts name.
     """
 
     r: int = 8
     alpha: float = 8
     parts: tuple[str, ...] = ("q", "v")
     dropout: float = 0.0
+    layers: tuple[int, ...] | None = None
 
     option: ClassVar[str] = "parts"
     splits: ClassVar[bool] = True
@@ -90,12 +93,14 @@ class DoRA(_LowRank):
         alpha: the product is scaled by alpha / r.
         targets: layers (see petl.LoRA), each as a whole.
         dropout: on the input of the product.
+        layers: blocks (see petl.LoRA).
     """
 
     r: int = 8
     alpha: float = 8
     targets: tuple[str, ...] = ("qkv",)
     dropout: float = 0.0
+    layers: tuple[int, ...] | None = None
 
     use_dora: ClassVar[bool] = True
 

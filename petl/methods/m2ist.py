@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from petl.backbones.base import BlockView, Call, ImageEncoder, TextEncoder
+from petl.backbones.replay import ReplayedBlock
 from petl.methods.base import PairModule, register
 from petl.methods.pair import PairAdapter, PairedAdapters, PairMethod, PairTower
 
@@ -36,7 +37,6 @@ class M2ISTTower(PairTower):
     """The state is the side stream (B, N, C), in fp32 whatever the dtype of the encoder."""
 
     method: M2IST
-    recomputes: ClassVar[bool] = False
     has_output: ClassVar[bool] = True
 
     def begin(self, x: Tensor) -> Tensor:
@@ -51,9 +51,14 @@ class M2ISTTower(PairTower):
         j = self.pair_of.get(index)
         if j is None:
             return out, state
-        if self.training and torch.is_grad_enabled():  # keep the taps alone for backward: the bottlenecks are cheap
+        spare = self.checkpointing or not isinstance(block, ReplayedBlock)  # beside a recording there is memory enough
+        if spare and self.training and torch.is_grad_enabled():  # keep the taps alone for backward
             return out, state + checkpoint(self.experts, j, a, f, use_reentrant=False, preserve_rng_state=False)
         return out, state + self.experts(j, a, f)
+
+    def reads(self) -> tuple[str, ...]:
+        seed = ["embedded"] if self.method.side_seed == "embedding" else []
+        return (*seed, *(f"{part}.{i}" for i in self.pair_of for part in ("attention", "ffn")))
 
     def experts(self, j: int, a: Tensor, f: Tensor) -> Tensor:
         """What pair ``j`` adds to the stream: interaction expert on A, vision or language expert on F."""

@@ -34,7 +34,7 @@ SET_BY_PETL = "petl sets it"
 CHOOSING = {
     "target_modules": "give targets=[…]",
     "exclude_modules": "give targets=[…]; a regular expression can leave modules out",
-    "layers_to_transform": "give targets=[…] with a regular expression",
+    "layers_to_transform": "give layers=[…]",
     "layers_pattern": "give targets=[…] with a regular expression",
     "modules_to_save": "petl trains and saves the head by itself",
 }
@@ -70,11 +70,13 @@ class Peft(PeftMethod):
         peft_type: peft's name of the method, such as BOFT, HRA, ROAD, MISS, C3A, SHIRA or RANDLORA.
         options: of its config class in peft, apart from those that say where it works and what is saved.
         targets: layers (see petl.LoRA), each as a whole.
+        layers: blocks (see petl.LoRA).
     """
 
     peft_type: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     targets: tuple[str, ...] = ("qkv",)
+    layers: tuple[int, ...] | None = None
 
     layer_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Module,)
 

@@ -7,7 +7,7 @@ child for each such part, on which peft works as on any linear layer; the produc
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,8 +50,10 @@ class Target(NamedTuple):
         return self.name if self.of == 1 else self.name.rpartition(".")[0]
 
 
-def find_targets(view: BackboneView, entries: Sequence[str], method: str) -> list[Target]:
-    """The layers that ``entries`` name, in the order of the network.
+def find_targets(
+    view: BackboneView, entries: Sequence[str], method: str, blocks: Container[int | None] | None = None
+) -> list[Target]:
+    """The layers that ``entries`` name, of the whole network or of ``blocks``, in its order.
 
     An entry is a block part (`PARTS`), ``"qkv"`` (q, k and v as the network has them: one fused layer or three), the
     end of a module path as in peft (``"attn.proj"``), or a regular expression for whole paths.
@@ -70,7 +72,10 @@ def find_targets(view: BackboneView, entries: Sequence[str], method: str) -> lis
                 f"{method}: target {entry!r} names no layer of this {view.family}: {nearest(entry, valid)} "
                 "A target is a block part, the end of a module path, or a regular expression for whole paths."
             )
-        found |= {t.name: t for t in hits}
+        chosen = {t.name: t for t in hits if blocks is None or t.block in blocks}
+        if not chosen:
+            raise PetlError(f"{method}: target {entry!r} names no layer in the blocks that layers=[…] chooses.")
+        found |= chosen
     for target in found.values():
         if target.of > 1 and target.whole in found:
             raise PetlError(f"{method}: {target.whole!r} is a target, so its part {target.name!r} cannot be another.")

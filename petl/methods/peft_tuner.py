@@ -25,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from petl.backbones.base import BackboneView
 from petl.errors import PetlError
 from petl.methods.base import Method, MethodModule
-from petl.methods.full import RecomputedBlock
 from petl.methods.peft_targets import Target, find_targets, split, unsplit
 from petl.nn.linear import Linear
 
@@ -39,8 +38,6 @@ class PeftModule(MethodModule):
     """A peft tuner in a backbone. It has no tensors of its own: those that it trains are the backbone's `owns`."""
 
     method: PeftMethod
-
-    _checkpointing = False
 
     def __init__(self, method: PeftMethod, view: BackboneView, targets: list[Target]) -> None:
         super().__init__(method, view)
@@ -80,8 +77,8 @@ class PeftModule(MethodModule):
         finally:
             model.__dict__.pop("peft_config", None)
         self.tuners = [tuner]
+        self.frozen_cast()
         for layer in self.layers:
-            _compute_in_dtype(layer)
             _register_places(layer)
         self._names = frozenset(n for n, p in model.named_parameters() if p.requires_grad and self.owns(n))
 
@@ -99,7 +96,6 @@ class PeftModule(MethodModule):
             raise ValueError(f"it keeps tensors outside the layers ({stray[0]}), which petl would not save")
 
     def uninstall(self) -> None:
-        self.checkpointing = False
         for target in self.targets:
             parent, _, child = target.name.rpartition(".")
             layer = self.view.model.get_submodule(parent)._modules.get(child)
@@ -107,6 +103,10 @@ class PeftModule(MethodModule):
                 self.view.model.get_submodule(parent)._modules[child] = cast(Any, layer).get_base_layer()
                 cast(Any, layer).merged_adapters.clear()
         unsplit(self.targets)
+
+    def frozen_cast(self) -> None:
+        for layer in self.layers:
+            _compute_in_dtype(layer)
 
     def owns(self, name: str) -> bool:
         if super().owns(name):
@@ -120,26 +120,11 @@ class PeftModule(MethodModule):
     def train(self, mode: bool = True) -> PeftModule:
         super().train(mode)
         for layer in self.layers:
-            layer.training = mode
+            layer.training = mode and _draws(layer)
             for name, child in layer.named_children():
                 if name != "base_layer":
                     child.train(mode)
         return self
-
-    @property
-    def checkpointing(self) -> bool:  # type: ignore[override]  # blocks run as they are while this is off
-        return self._checkpointing
-
-    @checkpointing.setter
-    def checkpointing(self, value: bool) -> None:
-        if value and self.view.library_checkpointing():
-            raise PetlError("the model's own gradient checkpointing is on already; leave it at that.")
-        for block in self.view.block_modules() if value != self._checkpointing else ():
-            if value:
-                block.forward = RecomputedBlock(block, self).forward  # type: ignore[method-assign]
-            else:
-                del block.forward
-        self._checkpointing = value
 
     # ---- merge
 
@@ -266,6 +251,13 @@ def _register_places(layer: Any) -> None:
         layer.shira_indices = BufferDict(layer.shira_indices, persistent=True)
 
 
+def _draws(layer: Any) -> bool:
+    """False for LoHa and LoKr without dropout: peft draws a number at each step all the same, and branches on it, which
+    does not compile."""
+    rates = [r for r in (getattr(layer, n, None) for n in ("rank_dropout", "module_dropout")) if isinstance(r, dict)]
+    return not rates or any(rate.get(ADAPTER) for rate in rates)
+
+
 def _compute_in_dtype(layer: Any) -> None:
     """Let plain LoRA on a linear layer in half precision compute in that precision; its weights stay fp32."""
     from peft.tuners.lora import Linear as LoraLinear
@@ -283,19 +275,22 @@ class PeftMethod(Method):
     option: ClassVar[str] = "targets"  # which holds them
     splits: ClassVar[bool] = False  # whether a target may be one part of a fused layer
     layer_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    layers: tuple[int, ...] | None  # blocks whose targets are changed; None = all, and those outside the blocks
 
     def __post_init__(self) -> None:
         given = getattr(self, self.option)
         if not isinstance(given, (list, tuple)) or not given or not all(isinstance(t, str) for t in given):
             raise PetlError(f"{type(self).__name__}({self.option}={given!r}): give a list of block parts or modules.")
         object.__setattr__(self, self.option, tuple(given))
+        self.check_layers()
 
     def find(self, view: BackboneView) -> list[Target]:
         """The layers of ``view`` that are changed. Raises `PetlError` for one that the method cannot change."""
         mine = getattr(view.model, "petl", None)
         if isinstance(mine, PeftModule) and mine.method == self:
             return mine.targets  # peft's layers stand in their places now
-        found = find_targets(view, getattr(self, self.option), self.name)
+        blocks = None if self.layers is None else self.blocks(view)
+        found = find_targets(view, getattr(self, self.option), self.name, blocks)
         for target in found:
             if target.of > 1 and not self.splits:
                 raise PetlError(

@@ -66,12 +66,13 @@ class Reparameterised(LayerPart):
 class RepAdapterModule(LayersModule):
     def __init__(self, method: RepAdapter, view: BackboneView) -> None:
         super().__init__(method, view)
-        for place, _ in parts_of(view, *READERS):
+        for place, _ in parts_of(view, *READERS, blocks=method.blocks(view)):
             self.add(place, Reparameterised(view.width, method))
 
     def merge(self) -> None:
+        adapted = self.method.blocks(self.view)
         for norm, readers in READERS.items():
-            for place, _ in parts_of(self.view, *readers):
+            for place, _ in parts_of(self.view, *readers, blocks=adapted):
                 part: Any = self.blocks[place.block][norm]  # type: ignore[index]
                 overwrite(place.layer, *part.folded_into(place.layer))
 
@@ -86,6 +87,7 @@ class RepAdapter(Method):
         groups: g, the parts in which the up-projection maps separately; divides r and the width of the backbone.
         scale: s, the factor on the adapter output; the paper searches 0.1, 0.5, 1, 5, 10 for each task.
         dropout: share of the r-dimensional activations that is dropped in training.
+        layers: blocks that get adapters, from 0 or, backwards, from -1; None = all.
     """
 
     mergeable: ClassVar[bool] = True
@@ -94,12 +96,14 @@ class RepAdapter(Method):
     groups: int = 2
     scale: float = 1.0
     dropout: float = 0.1
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         self.require("bottleneck", self.bottleneck, 1)
         self.require("groups", self.groups, 1)
         self.require("scale", self.scale, 0, integer=False)
         self.require("dropout", self.dropout, 0, integer=False, below=1)
+        self.check_layers()
         self._divides("bottleneck", self.bottleneck)
 
     def _divides(self, what: str, size: int) -> None:
@@ -112,4 +116,4 @@ class RepAdapter(Method):
 
     def parameter_count(self, view: BackboneView) -> int:
         c, r = view.width, self.bottleneck
-        return view.depth * 2 * (c * r + c * r // self.groups + r + c)
+        return len(self.blocks(view)) * 2 * (c * r + c * r // self.groups + r + c)

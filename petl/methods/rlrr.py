@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from petl.backbones.base import BackboneView
 from petl.methods.base import Method, register
 from petl.methods.layers import LayerPart, LayersModule, parts_of
-from petl.methods.ssf import ScaleShift
+from petl.methods.ssf import PARTS, ScaleShift
 
 INITS = ("paper", "zero_out")
 
@@ -57,14 +57,17 @@ class RLRR(Method):
 
     Args:
         init: "paper" (both factors random, not the frozen network at the start) or "zero_out" (output factor zero).
+        layers: blocks whose weights are rescaled, from 0 or, backwards, from -1; None = all.
     """
 
     mergeable: ClassVar[bool] = True
 
     init: str = "paper"
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         self.choose("init", INITS)
+        self.check_layers()
 
     @property
     def identity_at_start(self) -> bool:
@@ -72,10 +75,10 @@ class RLRR(Method):
 
     def build(self, view: BackboneView) -> LayersModule:
         module = LayersModule(self, view)
-        for place, count in parts_of(view, "norm1", "q", "k", "v", "out", "norm2", "fc1", "fc2"):
+        for place, count in parts_of(view, *PARTS, blocks=self.blocks(view)):
             norm = place.name.startswith("norm")
             module.add(place, ScaleShift(place.layer, 0.0) if norm else Rescaling(place.layer, count, self.init))
         return module
 
     def parameter_count(self, view: BackboneView) -> int:
-        return view.depth * (19 * view.width + 3 * view.hidden)
+        return len(self.blocks(view)) * (19 * view.width + 3 * view.hidden)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from petl.backbones.base import BackboneView
 from petl.methods.base import Method, register
-from petl.methods.layers import LayerPart, LayersModule, outer_places, parts_of, plain
+from petl.methods.layers import LayerPart, LayersModule, Place, outer_places, parts_of, plain
 
 PARTS = ("norm1", "q", "k", "v", "out", "norm2", "fc1", "fc2")
 
@@ -54,14 +54,18 @@ class SSF(Method):
 
     Args:
         init_std: deviation of scales from 1 and of shifts from 0 at the start; 0 starts at the frozen network.
+        layers: blocks whose features are scaled and shifted, from 0 or, backwards, from -1, and with them those of the
+            norm behind the last block; None = all.
     """
 
     mergeable: ClassVar[bool] = True
 
     init_std: float = 0.02
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         self.require("init_std", self.init_std, 0, integer=False)
+        self.check_layers()
 
     @property
     def identity_at_start(self) -> bool:
@@ -69,10 +73,14 @@ class SSF(Method):
 
     def build(self, view: BackboneView) -> LayersModule:
         module = LayersModule(self, view)
-        for place in (*outer_places(view), *(place for place, _ in parts_of(view, *PARTS))):
+        inside = (place for place, _ in parts_of(view, *PARTS, blocks=self.blocks(view)))
+        for place in (*self._outer(view), *inside):
             module.add(place, ScaleShift(place.layer, self.init_std))
         return module
 
+    def _outer(self, view: BackboneView) -> list[Place]:
+        return [place for place in outer_places(view) if place.block in self.trained_places(view)]
+
     def parameter_count(self, view: BackboneView) -> int:
-        c, f, outer = view.width, view.hidden, len(view.outer_layers())
-        return 2 * (view.depth * (7 * c + f) + outer * c)  # outputs of a block: norms 2 C, qkv 3 C, out C, fc1 F, fc2 C
+        c, f, blocks, outer = view.width, view.hidden, len(self.blocks(view)), len(self._outer(view))
+        return 2 * (blocks * (7 * c + f) + outer * c)  # outputs of a block: norms 2 C, qkv 3 C, out C, fc1 F, fc2 C

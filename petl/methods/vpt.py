@@ -58,6 +58,9 @@ class VPTModule(MethodModule):
     def token_counts(self, patches: int) -> list[tuple[int, int]]:
         return [(patches + self.view.prefix_tokens + self.method.prompts,) * 2] * self.view.depth
 
+    def first_changed(self) -> int:
+        return 0
+
     def first_gradient(self) -> tuple[str, str]:
         return "input of block 0", "the first prompts enter there, and every later token attends to them"
 

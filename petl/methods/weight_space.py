@@ -39,10 +39,12 @@ class IA3(PeftMethod):
     Args:
         targets: layers, each as a whole (see petl.LoRA).
         feedforward: those among them whose inputs are scaled instead of their outputs.
+        layers: blocks (see petl.LoRA).
     """
 
     targets: tuple[str, ...] = ("qkv", "fc2")
     feedforward: tuple[str, ...] = ("fc2",)
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +53,8 @@ class IA3(PeftMethod):
             raise PetlError(f"IA3(feedforward={list(self.feedforward)}): {other[0]!r} is none of the targets.")
 
     def _inner(self, view: BackboneView, targets: list[Target]) -> list[str]:
-        return names(find_targets(view, self.feedforward, self.name)) if self.feedforward else []
+        named = names(find_targets(view, self.feedforward, self.name)) if self.feedforward else []
+        return [t.name for t in targets if t.name in named]
 
     def peft_config(self, view: BackboneView, targets: list[Target]) -> Any:
         from peft import IA3Config
@@ -81,6 +84,7 @@ class VeRA(PeftMethod):
         targets: layers, each as a whole (see petl.LoRA).
         dropout: on the input of the product.
         seed: of the random matrices, which are saved with the adapter all the same.
+        layers: blocks (see petl.LoRA).
     """
 
     r: int = 256
@@ -88,6 +92,7 @@ class VeRA(PeftMethod):
     targets: tuple[str, ...] = ("qkv",)
     dropout: float = 0.0
     seed: int = 0
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,11 +127,13 @@ class OFT(PeftMethod):
         block_size: channels in a block; it divides the inputs of every target.
         targets: layers, each as a whole (see petl.LoRA).
         dropout: share of blocks that are not rotated, in training.
+        layers: blocks (see petl.LoRA).
     """
 
     block_size: int = 32
     targets: tuple[str, ...] = ("qkv",)
     dropout: float = 0.0
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,12 +190,14 @@ class LoHa(_Lycoris):
         alpha: the product is scaled by alpha / r.
         targets: layers, each as a whole (see petl.LoRA).
         rank_dropout: share of the rows of the change that are dropped, in training.
+        layers: blocks (see petl.LoRA).
     """
 
     r: int = 8
     alpha: float = 8
     targets: tuple[str, ...] = ("qkv",)
     rank_dropout: float = 0.0
+    layers: tuple[int, ...] | None = None
 
     def layer_parameters(self, target: Target) -> int:
         return 2 * self.r * (target.fan_in + target.fan_out)
@@ -207,12 +216,14 @@ class LoKr(_Lycoris):
         alpha: the product is scaled by alpha / r where the second factor has low rank.
         targets: layers, each as a whole (see petl.LoRA).
         rank_dropout: share of the rows of the change that are dropped, in training.
+        layers: blocks (see petl.LoRA).
     """
 
     r: int = 8
     alpha: float = 8
     targets: tuple[str, ...] = ("qkv",)
     rank_dropout: float = 0.0
+    layers: tuple[int, ...] | None = None
 
     def layer_parameters(self, target: Target) -> int:
         from peft.tuners.lokr.layer import factorization
@@ -232,12 +243,14 @@ class FourierFT(PeftMethod):
         scale: of the transform.
         targets: layers, each as a whole (see petl.LoRA).
         seed: of the places of the coefficients in the spectrum.
+        layers: blocks (see petl.LoRA).
     """
 
     n: int = 1000
     scale: float = 150.0
     targets: tuple[str, ...] = ("qkv",)
     seed: int = 777
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from petl.backbones import classifier_view
 from petl.backbones.base import BackboneView, EncoderView
@@ -20,6 +19,8 @@ from petl.backbones.taps import Reader, Rows, Taps, chunked_rows, gathered_rows
 from petl.errors import PetlError
 from petl.methods.autognothi import AutoGnothi, AutoGnothiModule
 from petl.methods.base import MethodModule
+from petl.models.recorded import Keeper, Recomputed, Recorded, Untrained
+from petl.nn.ladder import FirstTokens, Ladder
 from petl.nn.shapley import efficient_normalise
 
 Inputs = Tensor | Mapping[str, Tensor]  # images (B, 3, H, W), or input_ids and attention_mask (B, T)
@@ -98,6 +99,7 @@ class ExplainedClassifier(nn.Module):
         self.classifier = classifier.requires_grad_(False).eval()
         self.petl.to(next(classifier.parameters()).device)
         self.taps = Taps(self.view)
+        self.checkpointing = True  # keep nothing from inside the side blocks for the backward pass: recompute it there
         self.gather = True  # run only the tokens that are kept, instead of masking the others: the same values, sooner
 
     def _refuse_token_dropping(self, adapter: Any) -> None:
@@ -150,21 +152,21 @@ class ExplainedClassifier(nn.Module):
         out = self(x)
         return getattr(out, "logits", out)
 
-    def players(self, x: Inputs) -> Players:
+    def players(self, x: Inputs | Recorded) -> Players:
         """The players of a batch."""
         if isinstance(x, Mapping):
             if not {"input_ids", "attention_mask"} <= x.keys():
                 raise PetlError(f"a text batch has input_ids and attention_mask; this one has {sorted(x)}.")
             pieces = self._continues if self.method.whole_words else None
             return word_players(x["input_ids"], x["attention_mask"], self._special, pieces)
-        found = patch_players(len(x), self._patches(x), self.view.prefix_tokens, self.method.players)
+        found = patch_players(x.shape[0], self._patches(x), self.view.prefix_tokens, self.method.players)
         return Players(found.of.to(x.device), found.counts.to(x.device), found.most)
 
-    def _patches(self, x: Tensor) -> tuple[int, int]:
+    def _patches(self, x: Tensor | Recorded) -> tuple[int, int]:
         assert isinstance(self.view, BackboneView)
         return self.view.grid((3, *x.shape[-2:]))  # type: ignore[arg-type]
 
-    def grid(self, x: Inputs) -> tuple[int, int] | None:
+    def grid(self, x: Inputs | Recorded) -> tuple[int, int] | None:
         """Rows and columns of image players."""
         return None if isinstance(x, Mapping) else self.method.players or self._patches(x)
 
@@ -176,12 +178,28 @@ class ExplainedClassifier(nn.Module):
     # ---- the game
 
     def read(
-        self, x: Inputs, *readers: Reader, rows: Rows | None = None, keep: Tensor | None = None
+        self, x: Inputs | Recorded, *readers: Reader, rows: Rows | None = None, keep: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Logits, and the states of ``readers`` after the last block, of one pass of the frozen classifier."""
+        if isinstance(x, Recorded):
+            return x.logits, [x.replay(reader, self.view.depth) for reader in readers]
         with self.taps.record(readers, rows, keep) as recording:
             logits = self.logits(x)
         return logits, recording.states
+
+    def _trained(self, ladder: Ladder) -> Reader:
+        return Recomputed(ladder) if self.checkpointing else ladder
+
+    def reads(self) -> tuple[str, ...]:
+        """The taps that the ladders read (see petl/backbones/replay.py)."""
+        ladder = self.petl.explainer.ladder
+        return (*(("embedded",) if ladder.seed is not None else ()), *(f"block.{i}" for i in ladder.layers))
+
+    def record(self, x: Tensor) -> dict[str, Tensor]:
+        """The taps of images (B, 3, H, W) that the ladders read, (B, T, C) each."""
+        keeper = Keeper(self.reads())
+        self.read(x, keeper)
+        return keeper.taps
 
     def embedded(self, x: Inputs) -> Tensor:
         """The tokens that enter the first block, (B, T, C)."""
@@ -193,7 +211,7 @@ class ExplainedClassifier(nn.Module):
     def surrogate_logits(self, x: Inputs, coalition: Tensor) -> Tensor:
         """Surrogate logits (B, C) of one coalition per input, bool (B, n), with a gradient for the side network."""
         surrogate = self.petl.surrogate
-        reader = _Recomputed(surrogate.ladder)
+        reader = self._trained(surrogate.ladder)
         if self.method.removal == "mean":
             return surrogate(self.read(self._without(x, coalition), reader)[1][0], None)
         keep = self.players(x).keep(coalition[:, None])[:, 0]
@@ -233,10 +251,14 @@ class ExplainedClassifier(nn.Module):
             self.petl.null.copy_(self.null(x)[0])
             self.petl.knows_null = True
 
-    def _kept_null(self, x: Inputs) -> Tensor | None:
-        if not self.petl.knows_null or not isinstance(self.view, BackboneView) or not isinstance(x, Tensor):
+    def _kept_null(self, x: Inputs | Recorded) -> Tensor | None:
+        if not self.petl.knows_null or not isinstance(self.view, BackboneView) or isinstance(x, Mapping):
             return None
         return self.petl.null if tuple(x.shape[-2:]) == tuple(self.view.preprocessing["input_size"][1:]) else None
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.classifier.parameters()).dtype
 
     def _without(self, x: Inputs, coalition: Tensor) -> Tensor:
         """Images whose removed players have the mean colour, which is 0 after normalisation."""
@@ -248,58 +270,33 @@ class ExplainedClassifier(nn.Module):
 
     # ---- explanations
 
-    def explain(self, x: Inputs, null: Tensor | None = None, grand: Tensor | None = None) -> ShapleyExplanation:
+    def explain(
+        self, x: Inputs | Recorded, null: Tensor | None = None, grand: Tensor | None = None
+    ) -> ShapleyExplanation:
         """Prediction and Shapley values from one pass of the classifier; the explainer gets gradients.
 
         Args:
-            x: images (B, 3, H, W), or a mapping with input_ids and attention_mask (B, T).
+            x: images (B, 3, H, W), a mapping with input_ids and attention_mask (B, T), or what was recorded of images:
+                the same arithmetic, without the pass.
             null, grand: v(0) and v(1) (B, C), where they are known already.
         """
         explainer, surrogate, players = self.petl.explainer, self.petl.surrogate, self.players(x)
         keep = players.everyone() if isinstance(x, Mapping) else None
         reads_surrogate = grand is None and self.method.grand == "surrogate"
-        readers: list[Reader] = [_Recomputed(explainer.ladder)]
+        readers = [self._trained(explainer.ladder)]
         if reads_surrogate:
-            readers.append(_Untrained(surrogate.ladder))
+            readers.append(Untrained(FirstTokens(surrogate.ladder, 1 if surrogate.pools_class_token else None)))
         logits, states = self.read(x, *readers, keep=keep)
         raw = players.total(explainer(states[0], keep).float())  # (B, n, C)
         with torch.no_grad():
             if grand is None:
                 grand = self.link(surrogate(states[1], keep) if reads_surrogate else logits)
             null = self._kept_null(x) if null is None else null
-            null = self.null(x, players) if null is None else null.expand(len(grand), -1)
+            if null is None:
+                null = self.null(x.blank(self._dtype) if isinstance(x, Recorded) else x, players)
+            null = null.expand(len(grand), -1)
         values = efficient_normalise(raw, grand, null, players.valid)
         return ShapleyExplanation(logits, values, null, grand, players, self.grid(x))
-
-
-class _Untrained:
-    """A reader without gradient."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-
-    @torch.no_grad()
-    def begin(self, h0: Tensor) -> Tensor:
-        return self.reader.begin(h0)
-
-    @torch.no_grad()
-    def step(self, index: int, z: Tensor, h: Tensor, keep: Tensor | None = None) -> Tensor:
-        return self.reader.step(index, z, h, keep)
-
-
-class _Recomputed:
-    """A reader that keeps block outputs and its states for the backward pass, and nothing from inside its blocks."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-
-    def begin(self, h0: Tensor) -> Tensor:
-        return self.reader.begin(h0)
-
-    def step(self, index: int, z: Tensor, h: Tensor, keep: Tensor | None = None) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self.reader.step(index, z, h, keep)
-        return checkpoint(self.reader.step, index, z, h, keep, use_reentrant=False, preserve_rng_state=False)
 
 
 @torch.inference_mode()

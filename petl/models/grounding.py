@@ -102,19 +102,38 @@ class GroundingModel(nn.Module):
             image_index: (B,), which image each expression is about, where images have several: each is encoded once.
         """
         visual, text = self.encode(pixel_values, pixel_mask, input_ids, attention_mask)
-        seen = self.vision_view.token_mask(pixel_mask)
-        if image_index is not None:
-            visual, seen = visual[image_index], seen[image_index]
-        return self.head(visual, seen, text, attention_mask)
+        return self.locate(visual, pixel_mask, text, attention_mask, image_index)
 
     def encode(
         self, pixel_values: Tensor, pixel_mask: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """What the encoders, with the method, hand to the vision-language encoder: (B, N_v, C_v) and (B, L, C_l)."""
+        return self.encode_images(pixel_values, pixel_mask), self.encode_text(input_ids, attention_mask)
+
+    def encode_images(self, pixel_values: Tensor, pixel_mask: Tensor) -> Tensor:
+        """The image half of `encode`."""
         pair = getattr(self, "petl", None)  # gone after petl.detach
         visual = _output(pair and pair.vision, self.vision_view.encode(pixel_values, pixel_mask))
-        text = _output(pair and pair.text, self.text_view.encode(input_ids, attention_mask))
-        return visual[:, self.vision_view.prefix_tokens :], text
+        return visual[:, self.vision_view.prefix_tokens :]
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The text half of `encode`."""
+        pair = getattr(self, "petl", None)
+        return _output(pair and pair.text, self.text_view.encode(input_ids, attention_mask))
+
+    def locate(
+        self,
+        visual: Tensor,
+        pixel_mask: Tensor,
+        text: Tensor,
+        attention_mask: Tensor,
+        image_index: Tensor | None = None,
+    ) -> Tensor:
+        """Boxes as of `forward`, from what `encode` gives."""
+        seen = self.vision_view.token_mask(pixel_mask)
+        if image_index is not None:
+            visual, seen = visual[image_index], seen[image_index]
+        return self.head(visual, seen, text, attention_mask)
 
     def describe(self) -> dict[str, Any]:
         """The sizes of the model beside its encoders, as JSON values."""

@@ -37,7 +37,7 @@ class Head(nn.Sequential):
                 "head 'bn_linear' normalises over the batch and cannot train on a batch of 1: "
                 "use a larger batch_size or head: linear."
             )
-        return super().forward(x)
+        return super().forward(x.contiguous())  # sums over the batch round by memory layout
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "in_features": self.in_features, "num_classes": self.num_classes}

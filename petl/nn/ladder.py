@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petl.errors import PetlError, nearest
+from petl.nn.blocks import chosen_blocks
 from petl.nn.linear import Linear
 
 FORMS = ("sum", "gate")
@@ -55,7 +56,8 @@ class SideBlock(nn.Module):
             seen = seen | ~seen.any(-1, keepdim=True)  # a row that sees nothing is not read; this keeps it finite
             mask = seen[:, None, :first]  # (B, 1, 1 or T, T)
         size = q.shape[-1]
-        if size < KERNEL_WIDTH and x.shape[1] > 64 and x.device.type == "cpu" and torch.is_inference_mode_enabled():
+        runs = torch.is_grad_enabled() or torch.is_inference_mode_enabled()  # neither: multiply-accumulates are counted
+        if size < KERNEL_WIDTH and x.shape[1] > 64 and x.device.type == "cpu" and runs:
             q, k, v = (F.pad(t, (0, KERNEL_WIDTH - size)) for t in (q, k, v))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=size**-0.5)[..., :size]
         return self.out(attended.transpose(1, 2).flatten(2))
@@ -71,7 +73,7 @@ class Ladder(nn.Module):
         width, depth, heads: of the network; the side blocks have as many heads.
         reduction: r; the side blocks are width / r wide.
         form: "sum" or "gate", see above.
-        layers: blocks that are tapped, from 0; None = all.
+        layers: blocks that are tapped, from 0 or, backwards, from -1; None = all.
         norm_first: whether the side blocks are pre-norm.
         eps: of the LayerNorms.
 
@@ -91,7 +93,7 @@ class Ladder(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.layers = tapped_layers(depth, layers)
+        self.layers = chosen_blocks(depth, layers)
         self.width = side_width(width, heads, reduction)
         if form not in FORMS:
             raise PetlError(f"ladder form {form!r} is not known: {nearest(form, FORMS)}")
@@ -151,19 +153,6 @@ class FirstTokens:
         return self.ladder.step(index, z, h, keep, self.first if last else None)
 
 
-def tapped_layers(depth: int, layers: Sequence[int] | None) -> tuple[int, ...]:
-    """The tapped blocks in order. Raises `PetlError` unless they are some of ``depth`` blocks, each once."""
-    if layers is None:
-        return tuple(range(depth))
-    wrong = [i for i in layers if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < depth]
-    if wrong or not layers or len(set(layers)) < len(layers):
-        what = f"{wrong} are out of range" if wrong else "it is empty" if not layers else "a block stands there twice"
-        raise PetlError(
-            f"ladder layers={list(layers)}: {what}; this network has blocks 0 to {depth - 1}, and None takes all."
-        )
-    return tuple(sorted(layers))
-
-
 def side_width(width: int, heads: int, reduction: int) -> int:
     """e = d / r. Raises `PetlError` unless r divides the width and the heads divide e."""
     if reduction >= 1 and width % reduction == 0 and width // reduction % heads == 0:
@@ -185,7 +174,7 @@ def ladder_parameters(
     norm_first: bool = True,
 ) -> int:
     """Sheet section 2.1: L (d e + e + 12e² + 13e), 2e of the last norm, and for "gate" d e + e of W_0 and L gates."""
-    rungs, e = len(tapped_layers(depth, layers)), width // reduction
+    rungs, e = len(chosen_blocks(depth, layers)), width // reduction
     down = width * e + e
     gate = down + rungs if form == "gate" else 0
     return rungs * (down + 12 * e * e + 13 * e) + (2 * e if norm_first else 0) + gate
@@ -195,6 +184,6 @@ def ladder_macs(
     width: int, depth: int, reduction: int, tokens: int, form: str = "sum", layers: Sequence[int] | None = None
 ) -> int:
     """Multiply-accumulates of one sample of ``tokens``: per rung T d e + 12 T e² + 2 T² e; for "gate" T d e of W_0."""
-    rungs, e = len(tapped_layers(depth, layers)), width // reduction
+    rungs, e = len(chosen_blocks(depth, layers)), width // reduction
     down = tokens * width * e
     return rungs * (down + 12 * tokens * e * e + 2 * tokens * tokens * e) + (down if form == "gate" else 0)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from petl.errors import PetlError
@@ -320,3 +321,13 @@ def kernel_shap(
     inverse = torch.linalg.pinv(normal, rtol=1e-10, hermitian=True)
     deviation = centre @ inverse @ centre @ (b - a.sum(-1, keepdim=True) * share)
     return (share + deviation).to(torch.promote_types(values.dtype, torch.float32))
+
+
+def divergence(target: Tensor, found: Tensor, link: str) -> Tensor:
+    """KL(f || g) of logits (B, C) of f and g: of the softmaxes, or summed over labels of two outcomes each; (B,)."""
+    target, found = target.float(), found.float()
+    if link == "softmax":
+        return F.kl_div(found.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    p = target.sigmoid()
+    cross, entropy = (F.binary_cross_entropy_with_logits(x, p, reduction="none") for x in (found, target))
+    return (cross - entropy).sum(-1)

@@ -15,8 +15,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from petl.adapters.state import set_trained_tensors, trained_tensors
-from petl.errors import PetlError
+from petl.errors import PetlError, nearest
 from petl.methods.base import TowerModule
+from petl.methods.frozen_dtype import FROZEN_DTYPES, cast_frozen
+from petl.methods.regional import compile_blocks
+from petl.models.frozen import Frozen
+from petl.tasks.hardware import adamw, frozen_dtype
+
+Factor = Callable[[int], float]
 
 
 class FrozenTask(L.LightningModule):
@@ -28,9 +34,22 @@ class FrozenTask(L.LightningModule):
 
     strict_loading = False  # Lightning's check, replaced by the exact one of `set_trained_tensors`
 
-    def __init__(self, lr: float, weight_decay: float, warmup_epochs: float, min_lr: float) -> None:
+    def __init__(
+        self,
+        lr: float,
+        weight_decay: float,
+        warmup_epochs: float,
+        min_lr: float,
+        frozen_dtype: str = "float32",
+        compile: bool = False,
+    ) -> None:
         super().__init__()
         self.require_non_negative(lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, min_lr=min_lr)
+        if frozen_dtype not in FROZEN_DTYPES:
+            raise PetlError(
+                f"{type(self).__name__}(frozen_dtype={frozen_dtype!r}): {nearest(frozen_dtype, FROZEN_DTYPES)}"
+            )
+        self.frozen_dtype, self.compiles = frozen_dtype, compile
         self.lr, self.weight_decay, self.warmup_epochs, self.min_lr = lr, weight_decay, warmup_epochs, min_lr
         self.model: nn.Module
 
@@ -44,6 +63,31 @@ class FrozenTask(L.LightningModule):
     def seed(self) -> int:
         """The seed of `lightning.seed_everything`, 0 where it was not called."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    # ---- how the frozen network is held and run
+
+    def configure_model(self) -> None:
+        self.hold_frozen(str(self.trainer.precision), self.trainer.strategy.root_device)
+        if self.compiles:
+            for tower in self.towers():
+                compile_blocks(tower)
+
+    def hold_frozen(self, precision: str, device: torch.device) -> None:
+        """Cast the frozen weights to what ``frozen_dtype`` means on ``device`` under the trainer's ``precision``."""
+        dtype = frozen_dtype(self.frozen_dtype, precision, device)
+        if dtype is not None:
+            for tower in self.towers():
+                cast_frozen(tower, dtype)
+
+    # ---- what is the same in every epoch
+
+    def frozen_part(self) -> Frozen | None:
+        """What of the model `petl.TapCache` may compute once."""
+        return None
+
+    def varies(self) -> str | None:
+        """Why the task itself makes training inputs differ from epoch to epoch, or None."""
+        return None
 
     # ---- checkpoints: trained tensors and optimiser state, plain tensors only
 
@@ -99,22 +143,23 @@ class FrozenTask(L.LightningModule):
             raise PetlError(
                 "nothing is trained: neither the method nor the head has parameters that require gradients."
             )
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
-        total = self.total_steps = self._total_steps()
-        epochs = self.trainer.max_epochs or -1
-        warmup = int(total * self.warmup_epochs / epochs) if epochs > 0 else 0
-
-        def factor(step: int) -> float:
-            return (step + 1) / (warmup + 1) if step < warmup else self.decay(step, warmup, total)
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        optimizer = adamw(groups, self.lr, self.weight_decay, self.trainer)
+        self.total_steps = self._total_steps()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.factors(self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def factors(self, total: int) -> Factor | list[Factor]:
+        """Factor on the learning rates by step of ``total``; a list where every group has one of its own."""
+        warmup = self.warmup_steps(self.warmup_epochs, total)
+        return lambda step: (step + 1) / (warmup + 1) if step < warmup else self.decay(step, warmup, total)
+
+    def warmup_steps(self, warmup_epochs: float, total: int) -> int:
+        epochs = self.trainer.max_epochs or -1
+        return int(total * warmup_epochs / epochs) if epochs > 0 else 0
 
     def decay(self, step: int, warmup: int, total: int) -> float:
         """Factor on the learning rates at ``step`` of ``total``, after the warm-up: a cosine to ``min_lr``."""
-        low = self.min_lr / self.lr if self.lr else 0.0
-        progress = (step - warmup) / max(1, total - warmup)
-        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return cosine(self.min_lr / self.lr if self.lr else 0.0, step, warmup, total)
 
     def _total_steps(self) -> int:
         """Optimiser steps of the whole training.
@@ -151,7 +196,19 @@ class FrozenTask(L.LightningModule):
             "epochs": self.trainer.max_epochs,
             "precision": str(self.trainer.precision),
             "devices": self.trainer.world_size,
+            **({"frozen_dtype": ", ".join(self._frozen_dtypes()), "compile": self.compiles} if self.towers() else {}),
         }
+
+    def _frozen_dtypes(self) -> dict[str, None]:
+        """Of the encoders' weights, each once."""
+        weights = (next(tower.view.model.parameters()) for tower in self.towers())
+        return dict.fromkeys(str(w.dtype).removeprefix("torch.") for w in weights)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.model(*inputs)
+
+
+def cosine(low: float, step: int, warmup: int, total: int) -> float:
+    """From 1 at step ``warmup`` to ``low`` at ``total``."""
+    progress = (step - warmup) / max(1, total - warmup)
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

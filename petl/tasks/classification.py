@@ -19,6 +19,7 @@ from petl.backbones.classifier import Classifier
 from petl.errors import PetlError, nearest
 from petl.methods.attach import attach, attached
 from petl.methods.base import Method, TowerModule
+from petl.models.frozen import FrozenFeatures
 from petl.nn.head import HEADS, Head
 from petl.tasks.base import FrozenTask
 
@@ -41,6 +42,9 @@ class Classification(FrozenTask):
         mixup: Beta parameter of Mixup, 0 = off. Needs an even batch size per device.
         cutmix: Beta parameter of CutMix, 0 = off.
         checkpointing: recompute blocks in the backward pass: less memory, about a third more compute.
+        frozen_dtype: of the frozen weights, in which the backbone computes then: "bfloat16"; "float32" = as they were
+            loaded; "auto" = bfloat16 on hardware that computes in it. Trained tensors are fp32 in any case.
+        compile: torch.compile each block (some minutes before the first step).
         backbone_args: constructor arguments for a timm model, e.g. {img_size: 32, patch_size: 4}, and norm_eps.
         weights: a local .safetensors file with the backbone's weights, instead of the published ones.
         pretrained: false = random weights (baselines and tests).
@@ -63,12 +67,14 @@ class Classification(FrozenTask):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         checkpointing: bool = False,
+        frozen_dtype: str = "auto",
+        compile: bool = False,
         backbone_args: dict[str, Any] | None = None,
         weights: str | None = None,
         pretrained: bool = True,
         num_classes: int | None = None,
     ) -> None:
-        super().__init__(lr, weight_decay, warmup_epochs, min_lr)
+        super().__init__(lr, weight_decay, warmup_epochs, min_lr, frozen_dtype, compile)
         self.require_non_negative(mixup=mixup, cutmix=cutmix)
         if head not in HEADS:
             raise PetlError(f"Classification(head={head!r}): {nearest(head, HEADS)}")
@@ -85,6 +91,7 @@ class Classification(FrozenTask):
             network = load_backbone(network, backbone_args, weights, pretrained)
         self.backbone = attach(network, method)
         attached(self.backbone).checkpointing = checkpointing
+        self._frozen = FrozenFeatures(self.backbone)
         self.method, self.head_kind, self.num_classes = method, head, num_classes
         self.label_smoothing, self.mixup_alpha, self.cutmix_alpha = label_smoothing, mixup, cutmix
         self.labels: list[str] | None = None
@@ -124,15 +131,28 @@ class Classification(FrozenTask):
                 self.mixup_alpha, self.cutmix_alpha, label_smoothing=self.label_smoothing, num_classes=classes
             )
 
+    def frozen_part(self) -> FrozenFeatures:
+        return self._frozen
+
+    def varies(self) -> str | None:
+        return "Mixup and CutMix mix its pictures at random" if self.mixup_alpha or self.cutmix_alpha else None
+
+    def logits(self, batch: dict[str, Any]) -> Tensor:
+        """(B, K) of the images of a batch, or of what was recorded of them."""
+        if "taps" not in batch:
+            return self.model(batch["image"])
+        return cast(Classifier, self.model).head(self._frozen.features(self._frozen.complete(batch)))
+
     def _accuracy(self, name: str) -> MulticlassAccuracy:
         return cast(MulticlassAccuracy, self.accuracies[name])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        images, labels = batch["image"], batch["label"]
+        labels = batch["label"]
         if self.mix is None:
-            logits = self.model(images)
+            logits = self.logits(batch)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         else:
+            images = batch["image"]
             if len(images) % 2:
                 raise PetlError(f"Mixup pairs images and needs an even batch per device; this one has {len(images)}.")
             images, targets = self.mix(images, labels)
@@ -140,7 +160,7 @@ class Classification(FrozenTask):
             loss = F.cross_entropy(logits.float(), targets)
         accuracy = self._accuracy("train_acc")
         accuracy(logits, labels)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
         self.log("train/acc", accuracy, on_step=False, on_epoch=True, prog_bar=True)
         return self.regularised(loss)
 
@@ -151,7 +171,7 @@ class Classification(FrozenTask):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: dict[str, Any], split: str) -> None:
-        logits = self.model(batch["image"]).float()
+        logits = self.logits(batch).float()
         # a metric, since Lightning's own mean over processes divides by a rounded number of samples
         losses = cast(MeanMetric, self.losses[split])
         losses.update(F.cross_entropy(logits, batch["label"], reduction="none"))

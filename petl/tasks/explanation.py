@@ -2,42 +2,40 @@
 
 One run has stages of whole epochs: the classifier's head (only where there is no trained classifier yet), the
 surrogate, the explainer. Each trains its own tensors with its own schedule; the others get no gradient and no step.
+Inputs that stay the same pass the classifier once (`petl.TapCache`), and their games are played once (`game`).
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from petl.adapters.artefact import save
 from petl.backbones.base import BackboneView
-from petl.backbones.players import Players
 from petl.errors import PetlError, nearest
 from petl.methods.autognothi import AutoGnothi
 from petl.methods.base import Method
 from petl.models.attributions import ATTRIBUTIONS, SHAPLEY
-from petl.models.explained import ExplainedClassifier, Inputs
+from petl.models.explained import ExplainedClassifier, Inputs, ShapleyExplanation
 from petl.models.explanation_metrics import evaluate
-from petl.models.games import Game, tabulate
-from petl.nn.shapley import expected_loss, kernel_masks, shapley_loss, threshold_masks, uniform_size_masks
-from petl.tasks.base import FrozenTask
+from petl.models.frozen_explained import BLOCKS, OUTPUTS, FrozenExplained
+from petl.models.games import LAWS, Bank, Game, Play, WholeGame, surrogate_errors, surrogate_loss, trial
+from petl.nn.shapley import shapley_loss, uniform_size_masks
 from petl.tasks.source import ClassifierSource, rank_zero_print
+from petl.tasks.stages import WARMUP, StagedTask
 
-STAGES = ("head", "surrogate", "explainer")
 TABLE = 12  # players up to which the game of every training input may be tabulated
-WARMUP = 0.05  # of the steps of a stage
 
 
-class Explanation(FrozenTask):
+class Explanation(StagedTask):
     """Train side networks that explain a frozen classifier (AutoGnothi): surrogate first, then explainer.
 
     Args:
@@ -52,6 +50,10 @@ class Explanation(FrozenTask):
         weight_decay: decoupled weight decay, on all trained tensors.
         min_agreement: share of validation inputs on which both must agree before the explainer starts.
         max_length: tokens of a text at most, start and end included.
+        checkpointing: recompute the side blocks in the backward pass: a third of the memory, a sixth more time.
+        bank: coalitions per training input whose values are computed once (see `petl.models.games.Bank`): each step
+            draws method.subsets of these; None = new ones at each step. With up to 12 players, all coalitions are
+            computed once where they are no more than the bank, or than a training without a bank would draw.
         test_inputs: test inputs that `petl test` compares explanations on; None = all.
         baselines: explanations that `petl test` compares with; None = all of `petl.models.attributions.ATTRIBUTIONS`.
         backbone_args: constructor arguments for a timm model, e.g. {img_size: 32, patch_size: 4, num_classes: 10}.
@@ -62,6 +64,8 @@ class Explanation(FrozenTask):
     Raises:
         PetlError: unknown names, options out of range, a classifier that cannot be explained.
     """
+
+    stages = ("head", "surrogate", "explainer")
 
     def __init__(
         self,
@@ -75,6 +79,8 @@ class Explanation(FrozenTask):
         weight_decay: float = 1e-2,
         min_agreement: float = 0.0,
         max_length: int = 64,
+        checkpointing: bool = True,
+        bank: int | None = None,
         test_inputs: int | None = 200,
         baselines: list[str] | None = None,
         backbone_args: dict[str, Any] | None = None,
@@ -93,22 +99,27 @@ class Explanation(FrozenTask):
         method = method or AutoGnothi()
         if not isinstance(method, AutoGnothi):
             raise PetlError(f"petl.Explanation trains petl.AutoGnothi, not {type(method).__name__}.")
+        if bank is not None and (bank % 2 or bank < method.subsets):
+            raise PetlError(
+                f"Explanation(bank={bank}): an even number of coalitions, no less than the {method.subsets} that a "
+                "step draws of them."
+            )
         if surrogate_epochs < 1:
             raise PetlError(f"Explanation(surrogate_epochs={surrogate_epochs}): 1 or more, the explainer needs it.")
         names = [*ATTRIBUTIONS] if baselines is None else [*dict.fromkeys(["autognothi", *baselines])]
         for name in names:
             if name not in ATTRIBUTIONS:
                 raise PetlError(f"Explanation(baselines): {name!r}: {nearest(name, ATTRIBUTIONS)}")
-        self.method, self.attributions, self.test_inputs = method, names, test_inputs
+        self.method, self.attributions, self.test_inputs, self.bank = method, names, test_inputs, bank
         self.epochs = {"head": head_epochs, "surrogate": surrogate_epochs}
         self.lrs = {"head": head_lr, "surrogate": surrogate_lr, "explainer": lr}
-        self.min_agreement, self.pretrained = min_agreement, pretrained
+        self.min_agreement, self.pretrained, self.checkpointing = min_agreement, pretrained, checkpointing
         self.source = ClassifierSource(
             classifier, dict(backbone_args or {}), weights, pretrained, tokenizer, head_epochs > 0, max_length
         )
         self.labels: list[str] | None = self.source.labels
         self.gate: dict[str, float] = {}  # what the surrogate was worth when the explainer started
-        self._games: dict[int, Game] | None = None
+        self._kept: dict[str, Any] = {}  # by split: what `_once` computed of it
         self.means = nn.ModuleDict()
 
     @property
@@ -124,10 +135,13 @@ class Explanation(FrozenTask):
             with torch.random.fork_rng(devices=[]):  # the same side networks whatever was drawn before
                 torch.manual_seed(self.seed)
                 built = self.source.explained(self.method, self.data)
+            built.checkpointing = self.checkpointing
             self.model: ExplainedClassifier = built
             self.labels = self.source.labels
+            self._frozen = FrozenExplained(built, self.source.trains_head)
         if stage == "fit":
             self._check_plan()
+            self._kept = {}
             for parameter in self.tensors("head"):  # now: DDP synchronises what requires a gradient before training
                 parameter.requires_grad_(True)
 
@@ -144,14 +158,10 @@ class Explanation(FrozenTask):
             )
         if any(getattr(callback, "select", "") == "best" for callback in getattr(trainer, "callbacks", ())):
             raise PetlError("select: best is for a classifier's val/acc; an explainer is that of the last epoch.")
+        if self.bank and (reason := self.data.varies("train")):
+            raise PetlError(f"bank={self.bank}: values are kept of inputs that stay the same, but {reason}.")
 
     # ---- stages
-
-    def stage(self) -> str:
-        """The stage of the current epoch of a training, the last one outside of it."""
-        head, surrogate = self.epochs.values()
-        epoch = self.current_epoch if self.trainer.state.fn == "fit" else head + surrogate
-        return "head" if epoch < head else "surrogate" if epoch < head + surrogate else "explainer"
 
     def tensors(self, stage: str) -> list[nn.Parameter]:
         """What a stage trains."""
@@ -159,19 +169,16 @@ class Explanation(FrozenTask):
             return list(getattr(self.model.petl, stage).parameters())
         return list(cast(Any, self.model.classifier).head.parameters()) if self.epochs["head"] else []
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        per_epoch, epochs = self._total_steps() / max(1, self.trainer.max_epochs or 1), dict(self.epochs)
-        epochs["explainer"] = max(1, (self.trainer.max_epochs or 1) - sum(epochs.values()))
-        groups, factors, first = [], [], 0.0
-        for stage in STAGES:
-            length = epochs[stage] * per_epoch
-            if tensors := self.tensors(stage):
-                groups.append({"params": tensors, "lr": self.lrs[stage]})
-                factors.append(_schedule(round(first), max(1, round(length))))
-            first += length
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def frozen_part(self) -> FrozenExplained:
+        return self._frozen
+
+    def on_fit_start(self) -> None:
+        """Tell the data what each stage needs of an input that was recorded."""
+        pictures, blocks = frozenset({"image", OUTPUTS}), frozenset({OUTPUTS, BLOCKS})
+        explainer = blocks if self.game() else blocks | pictures
+        starts = 0, self.epochs["head"], sum(self.epochs.values())
+        train = tuple(zip(starts, (frozenset({OUTPUTS}), pictures, explainer), strict=True))
+        self.data.needs = {"train": train, "val": ((0, blocks | pictures),)}
 
     def on_train_epoch_start(self) -> None:
         if self.stage() == "explainer" and not self.gate:
@@ -182,7 +189,7 @@ class Explanation(FrozenTask):
         """Measure the surrogate on the validation data, say so, and stop where it is too bad to be explained."""
         rows = []
         for batch in self.data.evaluation_loader("val", whole=True):
-            rows.append(torch.stack(self._surrogate_errors(self.inputs(batch), batch["index"])))
+            rows.append(torch.stack(self._surrogate_errors(batch)))
         kl, agreement = torch.cat(rows, 1).mean(1).tolist()
         self.gate = {"kl": kl, "agreement": agreement, "inputs": sum(r.shape[1] for r in rows)}
         rank_zero_print(
@@ -215,85 +222,105 @@ class Explanation(FrozenTask):
         """What the classifier takes of a batch, on its device: images, or tokens of texts."""
         return self.source.inputs(batch, self.device, self.data)
 
+    def logits(self, batch: dict[str, Any]) -> Tensor:
+        """(B, C) of the classifier."""
+        found = self._frozen.logits(batch)
+        return self.model.logits(self.inputs(batch)) if found is None else found
+
+    def explain(
+        self, batch: dict[str, Any], null: Tensor | None = None, grand: Tensor | None = None
+    ) -> ShapleyExplanation:
+        """Of a batch, see `ExplainedClassifier.explain`."""
+        found = self._frozen.recorded(batch, self.data.preprocessing.get("image_size", ()))
+        return self.model.explain(self.inputs(batch) if found is None else found, null, grand)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        x, stage = self.inputs(batch), self.stage()
+        stage = self.stage()
         if stage == "head":
-            loss = F.cross_entropy(self.model.logits(x).float(), batch["label"])
+            loss = F.cross_entropy(self.logits(batch).float(), batch["label"])
         elif stage == "surrogate":
             self.model.petl.knows_null = False
-            loss = self._kl(x, uniform_size_masks(self.model.players(x).counts)).mean()
+            x = self.inputs(batch)
+            masks = uniform_size_masks(self.model.players(x).counts)
+            loss = surrogate_loss(self.model, x, self.logits(batch), masks).mean()
         else:
-            loss = self._explainer_loss(x, batch)
+            loss = self._explainer_loss(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["index"]))
-        if self.trainer.world_size > 1:  # all tensors take part, so that DDP need not search for those that do not
-            loss = loss + 0.0 * sum(p.sum() for s in STAGES if s != stage for p in self.tensors(s))
-        return loss
+        return self.with_all(loss)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for stage in STAGES:
-            if stage != self.stage():
-                for parameter in self.tensors(stage):
-                    parameter.grad = None  # no step, whatever weight decay and moments would do
+    def _surrogate_errors(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return surrogate_errors(self.model, self.inputs(batch), self.logits(batch), batch["index"])
 
-    def _kl(self, x: Inputs, coalition: Tensor) -> Tensor:
-        return divergence(self.model.logits(x).detach(), self.model.surrogate_logits(x, coalition), self.method.link)
+    def _explainer_loss(self, batch: dict[str, Any]) -> Tensor:
+        game = self.game()
+        if game is None:
+            x = self.inputs(batch)
+            players = self.model.players(x)
+            masks = LAWS[self.method.sampler](players.counts, self.method.subsets, players=players.most)
+            return self._sampled_loss(batch, masks, self.model.values(x, masks, players))
+        if "train" not in self._kept:
+            rank_zero_print(f"the game of every training input is computed once: {game}")
+        kept = self._once("train", game.key(), game.play, batch)
+        return game.loss(self.explain(batch, kept["null"], kept["grand"]), kept)
 
-    @torch.no_grad()
-    def _surrogate_errors(self, x: Inputs, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """KL on one coalition per input, the same at every call, and agreement on the full input, (B,) each."""
-        players, predicted = self.model.players(x), self.model.logits(x)
-        full = self.model.surrogate_logits(x, players.valid)
-        if self.method.link == "softmax":
-            same = full.argmax(-1) == predicted.argmax(-1)
-        else:
-            same = ((full > 0) == (predicted > 0)).all(-1)
-        masked = self.model.surrogate_logits(x, _fixed_masks(players, indices, uniform_size_masks))
-        return divergence(predicted, masked, self.method.link), same.float()
+    def _sampled_loss(self, batch: dict[str, Any], masks: Tensor, values: Tensor) -> Tensor:
+        found = self.explain(batch)
+        most = found.players.most
+        return shapley_loss(found.values, masks[..., :most], values, found.null, found.players.counts)
 
-    def _explainer_loss(self, x: Inputs, batch: dict[str, Any]) -> Tensor:
-        games = self._tabulated()
-        if games is not None:
-            game = Game.stack([games[i] for i in batch["index"].tolist()], self.device)
-            found = self.model.explain(x, game.null, game.grand)
-            return expected_loss(found.values, game.exact, game.residual)
-        players = self.model.players(x)
-        draw = kernel_masks if self.method.sampler == "kernel" else threshold_masks
-        return self._sampled_loss(x, draw(players.counts, self.method.subsets, players=players.most))
+    # ---- what the trained surrogate says of inputs that stay the same
 
-    def _sampled_loss(self, x: Inputs, masks: Tensor) -> Tensor:
-        found = self.model.explain(x)
-        values = self.model.values(x, masks, found.players)
-        return shapley_loss(found.values, masks, values, found.null, found.players.counts)
+    def game(self) -> Game | None:
+        """What is kept of the game of every training input; None where coalitions are drawn at each step."""
+        if self.data.varies("train"):
+            return None
+        method, view, longest = self.method, self.model.view, self.source.max_length
+        draws = method.subsets * ((self.trainer.max_epochs or 0) - sum(self.epochs.values()))
+        if isinstance(view, BackboneView):
+            longest = prod(method.players or view.grid((3, *self.data.preprocessing["image_size"])))
+            if longest <= TABLE and 2**longest <= (self.bank or draws) and method.sampler == "kernel":
+                return WholeGame(longest)
+        return Bank(self.bank, method.subsets, method.sampler, longest) if self.bank else None
 
-    def _tabulated(self) -> dict[int, Game] | None:
-        """The exact game of every training input by index, where that is cheaper than drawing coalitions; or None."""
-        if self._games is None:
-            self._games = {}
-            batches = self.data.evaluation_loader("train", whole=True)
-            first = self.inputs(next(iter(batches)))
-            n, epochs = self.model.players(first).most, (self.trainer.max_epochs or 0) - sum(self.epochs.values())
-            plain = getattr(self.data, "augmentation", "") == "none" and not isinstance(first, dict)
-            if plain and n <= TABLE and 2**n <= self.method.subsets * epochs and self.method.sampler == "kernel":
-                rank_zero_print(f"the game of every training input is computed once: {2**n} coalitions of {n} players")
-                for batch in batches:
-                    games = tabulate(self.model, self.inputs(batch))
-                    self._games |= dict(zip(batch["index"].tolist(), games, strict=True))
-        return self._games or None
+    def _once(self, split: str, key: dict[str, Any], play: Play, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What ``play`` makes of a batch, as a rule from what it once made of the whole split."""
+        if split not in self._kept:
+            about = {**self._frozen.surrogate_key(), **key, "precision": str(self.trainer.precision)}
+            about |= {"preprocessing": self.data.preprocessing, "max_length": self.source.max_length}
+            call = partial(self._play, play)
+            self._kept[split] = self.data.once(split, about, call, anyway=split == "train")
+        kept, missing = self._kept[split].read(batch["index"].tolist())
+        return self._play(play, batch) if missing else {name: t.to(self.device) for name, t in kept.items()}
+
+    def _play(self, play: Play, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return play(self.model, self.inputs(batch), batch["index"])
+
+    def _trial(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What the explainer's validation goes by: errors of the surrogate, and v(S) of coalitions."""
+        trainer, play = self.trainer, partial(trial, width=self.source.max_length)
+        keeps = self.data.place[1] is not None and not self.data.varies("val")  # a cache that is not off
+        if keeps and trainer.state.fn == "fit" and trainer.limit_val_batches == 1.0:
+            return self._once("val", {"trial": self.method.subsets}, play, batch)
+        return self._play(play, batch)
 
     # ---- validation and test
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        x, stage = self.inputs(batch), self.stage()
+        stage, kept = self.stage(), None
         if self.epochs["head"]:  # in later stages too: what a run records must not depend on where it was resumed
-            self._mean("val/acc", (self.model.logits(x).argmax(-1) == batch["label"]).float())
-        if stage != "head":
-            kl, agrees = self._surrogate_errors(x, batch["index"])
-            self._mean("val/kl", kl)
-            self._mean("val/agreement", agrees)
-        if stage == "explainer":
-            players = self.model.players(x)
-            masks = _fixed_masks(players, batch["index"], lambda n, g: kernel_masks(n, self.method.subsets, g))
-            self._mean("val/loss", self._sampled_loss(x, masks).expand(len(players.counts)))
+            self._mean("val/acc", (self.logits(batch).argmax(-1) == batch["label"]).float())
+        if stage == "head":
+            return
+        if stage == "surrogate":
+            kl, agrees = self._surrogate_errors(batch)
+        else:
+            kept = self._trial(batch)
+            kl, agrees = kept["kl"], kept["agrees"]
+        self._mean("val/kl", kl)
+        self._mean("val/agreement", agrees)
+        if kept:
+            loss = self._sampled_loss(batch, kept["masks"], kept["values"])
+            self._mean("val/loss", loss.expand(len(batch["index"])))
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         wanted = self.test_inputs or 10**12
@@ -350,6 +377,7 @@ class Explanation(FrozenTask):
             "learning_rates": dict(self.lrs),
             "surrogate": dict(self.gate),
             "max_length": self.source.max_length,
+            "bank": self.bank,
             "pretrained": self.pretrained,
         }
 
@@ -367,34 +395,3 @@ class Explanation(FrozenTask):
     def check_adapter(self, directory: Path, config: dict[str, Any]) -> None:
         """Raise `PetlError` where the adapter of ``config`` explains another classifier."""
         self.source.check(directory, self.model, config)
-
-
-def divergence(target: Tensor, found: Tensor, link: str) -> Tensor:
-    """KL(f || g) of logits (B, C) of f and g: of the softmaxes, or summed over labels of two outcomes each; (B,)."""
-    target, found = target.float(), found.float()
-    if link == "softmax":
-        return F.kl_div(found.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-    p = target.sigmoid()
-    cross, entropy = (F.binary_cross_entropy_with_logits(x, p, reduction="none") for x in (found, target))
-    return (cross - entropy).sum(-1)
-
-
-def _schedule(first: int, length: int) -> Callable[[int], float]:
-    """Factor on the learning rate of a stage of ``length`` steps that starts at step ``first``; 0 outside of it."""
-    warmup = int(WARMUP * length)
-
-    def factor(step: int) -> float:
-        local = step - first
-        if not 0 <= local < length:
-            return 0.0
-        if local < warmup:
-            return (local + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * (local - warmup) / max(1, length - warmup)))
-
-    return factor
-
-
-def _fixed_masks(players: Players, indices: Tensor, draw: Callable[[Tensor, torch.Generator], Tensor]) -> Tensor:
-    """Coalitions that depend on an input's index and its number of players alone, for all inputs of a batch."""
-    drawn = [draw(n[None], torch.Generator().manual_seed(i)) for n, i in zip(players.counts.cpu(), indices.tolist())]
-    return torch.cat([F.pad(masks, (0, players.most - masks.shape[-1])) for masks in drawn]).to(players.of.device)

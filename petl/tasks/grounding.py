@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from petl.adapters.rebuild import check_grounding
 from petl.backbones import load_backbone, load_text_encoder
 from petl.errors import PetlError
 from petl.methods.base import Method, TowerModule
+from petl.models.frozen import FrozenPair, FrozenText, FrozenTower
 from petl.models.grounding import GroundingModel
 from petl.nn.boxes import paired_iou
 from petl.nn.tokens import tokenize
@@ -46,6 +48,9 @@ class Grounding(FrozenTask):
         lr_drop: epoch after which learning rates are divided by 10; None = cosine to min_lr.
         min_lr: value of lr at the end of the cosine.
         checkpointing: recompute activations in the backward pass: less memory, more compute.
+        frozen_dtype: of the encoders' frozen weights, in which they compute then: "bfloat16"; "float32" = as they were
+            loaded; "auto" = bfloat16 on hardware that computes in it. Trained tensors are fp32 in any case.
+        compile: torch.compile each block of the encoders (some minutes before the first step).
         vision_args: constructor arguments for a timm model, e.g. {img_size: 384}, and norm_eps.
         vision_weights: a local file with the image encoder's weights: .safetensors, for DETR also a released .pth.
         pretrained: false = random encoders (baselines and tests).
@@ -75,12 +80,14 @@ class Grounding(FrozenTask):
         lr_drop: int | None = None,
         min_lr: float = 0.0,
         checkpointing: bool = False,
+        frozen_dtype: str = "auto",
+        compile: bool = False,
         vision_args: dict[str, Any] | None = None,
         vision_weights: str | None = None,
         pretrained: bool = True,
         tokenizer: Any = None,
     ) -> None:
-        super().__init__(lr, weight_decay, warmup_epochs, min_lr)
+        super().__init__(lr, weight_decay, warmup_epochs, min_lr, frozen_dtype, compile)
         self.require_non_negative(method_lr=method_lr, lr_drop=lr_drop or 0)
         self.method_lr, self.lr_drop, self.pretrained = method_lr, lr_drop, pretrained
         self.names = {"vision": _name(vision), "text": _name(text)}
@@ -101,6 +108,11 @@ class Grounding(FrozenTask):
                 dropout, norm_first,
             )  # fmt: skip
         self.model.checkpointing = checkpointing
+        vision_view, text_view = self.model.vision_view, self.model.text_view
+        self._frozen = FrozenPair(
+            FrozenTower("image", self.model.petl.vision, vision_view.encode, ("image", "mask")),
+            FrozenText(self.model.petl.text, text_view.encode, self._tokens),
+        )
         self.metrics = nn.ModuleDict(
             {f"{s}_{m}": MeanMetric() for s in ("val", "test") for m in ("acc", "iou", "loss")}
         )
@@ -169,15 +181,29 @@ class Grounding(FrozenTask):
 
     # ---- steps
 
+    def frozen_part(self) -> FrozenPair:
+        return self._frozen
+
+    def _tokens(self, expressions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask (B, L)."""
+        ids, mask = tokenize(self.tokenizer, expressions, self.model.head.query_length)
+        return ids.to(self.device), mask.to(self.device)
+
     def boxes(self, batch: dict[str, Any]) -> Tensor:
         """Predicted boxes (B, 4) of a batch, cxcywh in [0, 1] of the canvas."""
-        ids, mask = tokenize(self.tokenizer, batch["expression"], self.model.head.query_length)
-        images, masks, which = batch["image"], batch["mask"], None
+        model, frozen, taps = self.model, self._frozen, batch.get("taps", {})
+        ids, words = self._tokens(batch["expression"])
+        masks, which, first = batch["mask"], None, slice(None)
         if "picture" in batch:  # expressions about one picture follow each other: encode it once
             _, which, counts = batch["picture"].unique_consecutive(return_inverse=True, return_counts=True)
             first = counts.cumsum(0) - counts
-            images, masks = images[first], masks[first]
-        return self.model(images, masks, ids.to(self.device), mask.to(self.device), which)
+            masks = masks[first]
+        if "image" in taps:
+            visual = frozen.vision.output(batch)[:, model.vision_view.prefix_tokens :]
+        else:
+            visual = model.encode_images(batch["image"][first], masks)
+        text = frozen.text.output(batch) if "text" in taps else model.encode_text(ids, words)
+        return model.locate(visual, masks, text, words, which)
 
     @staticmethod
     def loss(predicted: Tensor, truth: Tensor) -> Tensor:

@@ -68,3 +68,13 @@ def test_the_bundled_vocabulary_knows_every_word_of_the_grammar() -> None:
             ids = tokenizer(text)["input_ids"]
             assert tokenizer.unk_token_id not in ids, text
             assert len(ids) <= bundled.CONTEXT
+
+
+def test_little_light_changes_pixels_and_nothing_else() -> None:
+    day, night = scenes.make_scene(5), scenes.make_scene(5, brightness=0.12, noise=1.5)
+    assert night.things == day.things
+    assert night.caption == day.caption
+    difference = np.asarray(night.image).astype(float) - 0.12 * np.asarray(day.image)
+    assert 1.2 < difference.std() < 1.8
+    assert np.asarray(night.image).max() < 45
+    assert np.array_equal(np.asarray(scenes.make_scene(5, noise=0.0).image), np.asarray(day.image))

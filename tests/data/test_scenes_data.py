@@ -116,3 +116,11 @@ def test_splits_of_size_zero_do_not_exist_and_test_can_be_val() -> None:
     assert sum(len(b["expression"]) for b in data.test_dataloader()) == 8
     with pytest.raises(PetlError, match="scenes has no split 'test'; it has: train, val"):
         data.expressions("test")
+
+
+def test_scenes_in_little_light_are_other_data() -> None:
+    day, night = scenes().protocol()["splits"], scenes(brightness=0.12, noise=1.5).protocol()["splits"]
+    assert all(day[split]["sha256"] != night[split]["sha256"] for split in day)
+    for options in ({"brightness": 0.0}, {"brightness": 1.5}, {"noise": -1}):
+        with pytest.raises(PetlError, match="brightness"):
+            scenes(**options)

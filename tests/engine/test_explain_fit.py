@@ -194,13 +194,18 @@ def test_a_killed_run_ends_with_the_same_adapter(petl: Petl, tmp_path: Path) -> 
         assert (tmp_path / run / "surrogate.json").read_bytes() == gate
 
 
-def test_a_killed_run_on_tabulated_games(petl: Petl, classifier: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [("method.subsets", 8), ("bank", 8)], ids=str)
+def test_a_killed_run_on_games_that_are_kept(
+    kept: tuple[str, int], petl: Petl, classifier: Path, tmp_path: Path
+) -> None:
     command = ["fit", *SHORT, "--model.classifier", classifier / "run" / "adapter", "--model.head_epochs", 0,
-               "--model.method.subsets", 8, "--checkpoint_every", 1]  # fmt: skip
-    petl(*command, "--run_dir", "whole", cwd=tmp_path)
+               f"--model.{kept[0]}", kept[1], "--checkpoint_every", 1]  # fmt: skip
+    petl(*command, "--run_dir", "whole", "--cache", "off", cwd=tmp_path)
+    command += ["--cache_dir", "taps", "--run_dir", "killed"]
     kill = (2 * STEPS + 2, "training_step", signal.SIGKILL)
-    assert petl(*command, "--run_dir", "killed", cwd=tmp_path, check=False, kill=kill).returncode == -9
-    resumed = petl(*command, "--run_dir", "killed", "--ckpt_path", "last", cwd=tmp_path)
+    assert petl(*command, cwd=tmp_path, check=False, kill=kill).returncode == -9
+    resumed = petl(*command, "--ckpt_path", "last", cwd=tmp_path)
+    assert "0 computed now and 65 found" in resumed.stdout
     assert resumed.stdout.count("the game of every training input is computed once") == 1, "it is not in the run state"
     assert adapter(tmp_path / "whole") == adapter(tmp_path / "killed")
 

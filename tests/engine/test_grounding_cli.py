@@ -163,6 +163,34 @@ def test_a_killed_run_ends_with_the_same_adapter(petl: Petl, tmp_path: Path) -> 
 # ---- expressions that people wrote
 
 
+def test_a_run_from_recorded_activations_ends_with_the_same_adapter(petl: Petl, tmp_path: Path) -> None:
+    given: list[object] = [
+        "fit",
+        *SCENES,
+        "--trainer.max_epochs",
+        2,
+        "--model.dropout",
+        0.1,
+        "--cache_dtype",
+        "float32",
+    ]
+    petl(*given, "--cache", "off", "--run_dir", "plain", cwd=tmp_path)
+    taps: list[object] = ["--cache", "require", "--cache_dir", tmp_path / "taps"]
+    first = petl(*given, *taps, "--run_dir", "cached", cwd=tmp_path)
+    again = petl(*given, *taps, "--run_dir", "again", "--data.num_workers", 1, cwd=tmp_path)
+    [line] = [v for v in first.stdout.splitlines() if v.startswith("cache: ")]
+    assert ", 30 computed now and 0 found; float32 in" in line
+    assert again.stdout.count(", 0 computed now and ") == 2
+    weights = {
+        (tmp_path / r / "adapter" / "adapter_model.safetensors").read_bytes() for r in ("plain", "cached", "again")
+    }
+    assert len(weights) == 1
+    plain, cached = (metrics(tmp_path / run, "fit") for run in ("plain", "cached"))
+    assert {k: v for k, v in plain.items() if k.startswith("val/")}.items() <= cached.items()
+    drawn = [sorted((tmp_path / r / "pictures").glob("boxes_*.png")) for r in ("plain", "cached")]
+    assert [a.read_bytes() for a in drawn[0]] == [b.read_bytes() for b in drawn[1]]
+
+
 def test_real_expressions_from_the_archive_to_a_picture(petl: Petl, tmp_path: Path) -> None:
     listed, archive = private("grounding", "rec_human.jsonl"), private("grounding", "coco_val128.tar")
     encoders = tiny_pair(tmp_path, private("text", "bert-base-uncased-vocab.txt"))

@@ -43,6 +43,17 @@ def test_the_forecast_is_for_the_precision_of_the_trainer(capsys: pytest.Capture
     assert found["bf16-true"] < found["bf16-mixed"] < found["32-true"]
 
 
+def test_frozen_weights_are_counted_in_the_dtype_they_are_held_in(capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        out = printed(capsys, "--config", "quickstart/classification", "--model.frozen_dtype", dtype)
+        assert f"counted     in {dtype}" in out
+        found.append([float(n) for n in re.findall(r"([\d.]+) MiB of (?:weights|gradients)", out)])
+    (weights, trained), (half, same) = found
+    assert trained == same
+    assert half == pytest.approx((weights - trained) / 2 + trained, abs=0.15)
+
+
 def test_memory_needs_a_unit_and_a_model(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for args, word in (
         (["report", "--config", str(config), "--memory", "8"], "memory '8': give a number with its unit"),

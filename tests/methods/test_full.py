@@ -126,8 +126,9 @@ def test_checkpointing_gives_equal_gradients_with_live_dropout_and_keeps_less(
 
 
 def test_blocks_get_their_own_forward_back(images: torch.Tensor) -> None:
-    net = petl.attach(build("timm_vit"), petl.FullFineTuning())
-    assert all("forward" in b.__dict__ for b in net.blocks)
+    net = petl.attach(build("timm_vit"), petl.FullFineTuning(layers=(1, 3)))
+    attached(net).checkpointing = True
+    assert ["forward" in b.__dict__ for b in net.blocks] == [False, True, True, True]
     before = net(images)
     assert torch.equal(petl.merge(net)(images), before)
     assert not any("forward" in b.__dict__ for b in net.blocks)

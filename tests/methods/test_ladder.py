@@ -273,7 +273,7 @@ def test_blocks_that_cannot_be_pruned_are_refused(images: Tensor) -> None:
         ({"form": "gates"}, r"LadderSideTuning\(form='gates'\): did you mean 'gate'\?"),
         ({"init": "pruned"}, r"LadderSideTuning\(init='pruned'\): did you mean 'prune'"),
         ({"layers": 3}, r"layers=3\): give a list of block numbers"),
-        ({"layers": [-1]}, r"layers must be an integer of at least 0"),
+        ({"layers": [0.5]}, r"layers=\[0.5\]\): give a list of block numbers"),
     ],
 )
 def test_wrong_options(options: dict, message: str) -> None:

@@ -40,7 +40,7 @@ def test_places_by_tensor_leave_heads_and_poolers_out() -> None:
         names = [paths[id(p.layer)] for p in found]
         assert names == [n for n, m in model.named_modules() if getattr(m, "bias", None) is not None and n not in (
             "head", "classifier")]  # fmt: skip
-        inside = [p.block for p in found if p.block is not None]
+        inside = [p.block for p in found if p.inside]
         assert inside == sorted(inside)
         assert set(inside) == {0, 1, 2, 3}
     pooled = ViTModel(ViTConfig(**HF_SHAPE))

@@ -164,7 +164,8 @@ def test_it_compiles_without_graph_breaks() -> None:
         ({"reduction": 0}, r"reduction=0 does not divide"),
         ({"form": "gated"}, r"form 'gated' is not known: did you mean 'gate'\?"),
         ({"layers": (0, 4)}, r"layers=\[0, 4\]: \[4\] are out of range; this network has blocks 0 to 3"),
-        ({"layers": (-1,)}, r"\[-1\] are out of range"),
+        ({"layers": (-5,)}, r"\[-5\] are out of range"),
+        ({"layers": (3, -1)}, r"a block stands there twice"),
         ({"layers": ()}, r"it is empty"),
         ({"layers": (1, 1)}, r"a block stands there twice"),
     ],
@@ -192,3 +193,4 @@ def test_side_widths() -> None:
     assert side_width(768, 12, 8) == 96
     assert Ladder(D, L, H, 1).width == D
     assert Ladder(D, L, H, 8, layers=[2, 0]).layers == (0, 2)
+    assert Ladder(D, L, H, 8, layers=[-1, 0]).layers == (0, 3)

@@ -19,8 +19,9 @@ import petl
 from petl.backbones.players import Players
 from petl.data import Digits
 from petl.data.base import DataModule, Split
-from petl.nn.shapley import coalitions, kernel_masks, kernel_weights, uniform_size_masks
-from petl.tasks.explanation import Explanation, _fixed_masks, divergence
+from petl.models.games import WholeGame, fixed_masks, surrogate_loss
+from petl.nn.shapley import coalitions, divergence, kernel_masks, kernel_weights, uniform_size_masks
+from petl.tasks.explanation import Explanation
 from tests.conftest import build, tiny_bert_classifier
 
 QUIET = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
@@ -60,6 +61,15 @@ class Made(DataModule):
 
     def describe(self, split: str) -> str:
         return split
+
+    def varies(self, split: str, stream: str = "image") -> str | None:
+        return None if self.augmentation == "none" else "they do"
+
+    def contents(self, split: str, stream: str = "image") -> list[str]:
+        return [sample.line for sample in self.splits[split].samples]
+
+    def light(self, sample: Number) -> dict[str, Any]:
+        return {}
 
 
 def quadrants(number: int) -> dict[str, Tensor]:
@@ -158,7 +168,7 @@ def test_inputs_that_coincide_under_the_mask_have_one_output_and_two_targets() -
     found, f = module.model.surrogate_logits(x, masks), module.model.logits(x)
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)  # the same but for their places in the batch
     assert not torch.allclose(f[0], f[1], atol=0.01)
-    torch.testing.assert_close(module._kl(x, masks), divergence(f, found, "softmax"))
+    torch.testing.assert_close(surrogate_loss(module.model, x, f, masks), divergence(f, found, "softmax"))
 
 
 @pytest.mark.parametrize("grand", ["surrogate", "main"])
@@ -169,12 +179,12 @@ def test_the_tabulated_loss_is_the_expectation_of_the_sampled_one(grand: str) ->
     x = module.inputs(batch)
     explainer = [*module.model.petl.explainer.parameters()]
     module.model.petl.explainer.mlp[-1].weight.data.mul_(30)  # type: ignore[operator,union-attr]
-    tabulated = module._explainer_loss(x, batch)
-    assert module._games is not None
-    assert len(module._games) == 64
+    tabulated = module._explainer_loss(batch)
+    assert len(module._kept["train"]) == 64
     expected = torch.zeros(())
     for row, weight in zip(coalitions(4), kernel_weights(4).tolist()):
-        expected = expected + weight * module._sampled_loss(x, row.expand(len(x), 1, 4))
+        masks = row.expand(len(x), 1, 4)
+        expected = expected + weight * module._sampled_loss(batch, masks, module.model.values(x, masks))
     assert float(expected) > 1e-5
     if grand == "surrogate":  # otherwise its sum is not that of the game, which adds a constant
         torch.testing.assert_close(tabulated, expected, rtol=1e-4, atol=1e-8)
@@ -190,33 +200,34 @@ def test_when_games_are_tabulated() -> None:
         ({"players": (4, 4)}, {}, False),
     ):
         module = under(task(method=petl.AutoGnothi(**SMALL | method)), Made(quadrants), **{"max_epochs": 30} | options)
-        assert (module._tabulated() is not None) == expected, method
+        assert isinstance(module.game(), WholeGame) == expected, method
     data = Made(quadrants)
     data.augmentation = "shift"
-    assert under(task(), data, max_epochs=90)._tabulated() is None
+    assert under(task(), data, max_epochs=90).game() is None
 
 
 def test_validation_masks_depend_on_the_input_alone() -> None:
     counts = torch.tensor([5, 0, 3, 1, 5])
     index = torch.tensor([4, 9, 2, 7, 4])
-    together = _fixed_masks(Players(torch.zeros(5, 7), counts, 6), index, lambda n, g: kernel_masks(n, 6, g))
+    together = fixed_masks(Players(torch.zeros(5, 7), counts, 6), index, lambda n, g: kernel_masks(n, 6, g))
     assert together.shape == (5, 6, 6)
     assert together[1].sum() == together[3].sum() == 0
     assert torch.equal(together[0], together[4])
     for i in range(5):
-        alone = _fixed_masks(Players(torch.zeros(1, 7), counts[i : i + 1], 5), index[i : i + 1], uniform_size_masks)
-        again = _fixed_masks(Players(torch.zeros(1, 7), counts[i : i + 1], 5), index[i : i + 1], uniform_size_masks)
+        alone = fixed_masks(Players(torch.zeros(1, 7), counts[i : i + 1], 5), index[i : i + 1], uniform_size_masks)
+        again = fixed_masks(Players(torch.zeros(1, 7), counts[i : i + 1], 5), index[i : i + 1], uniform_size_masks)
         assert torch.equal(alone, again)
-        single = _fixed_masks(
+        single = fixed_masks(
             Players(torch.zeros(1, 7), counts[i : i + 1], 6), index[i : i + 1], lambda n, g: kernel_masks(n, 6, g)
         )
         assert torch.equal(together[i], single[0])
     module = under(task(), Made(quadrants))
     batch = first_batch(module, "val")
     torch.rand(3)
-    errors = [module._surrogate_errors(batch["image"], batch["index"]) for _ in range(2)]
+    errors = [module._surrogate_errors(batch) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*errors))
-    halves = [module._surrogate_errors(batch["image"][p], batch["index"][p])[0] for p in (slice(0, 5), slice(5, None))]
+    parts = [{k: v[p] for k, v in batch.items()} for p in (slice(0, 5), slice(5, None))]
+    halves = [module._surrogate_errors(part)[0] for part in parts]
     torch.testing.assert_close(torch.cat(halves), errors[0][0], atol=1e-6, rtol=1e-4)
 
 
@@ -298,7 +309,7 @@ def test_tensors_outside_their_stage_do_not_move(tmp_path: Path, capsys: pytest.
     assert all(torch.equal(t, ladders[1][n]) for n, t in ladders[0].items()), "the explainer starts as the surrogate"
 
     # the gate: measured once on the whole validation split, said, stored
-    errors = [module._surrogate_errors(b["image"], b["index"]) for b in data.evaluation_loader("val")]
+    errors = [module._surrogate_errors(batch) for batch in data.evaluation_loader("val")]
     gate = module.gate
     assert gate["inputs"] == 22
     assert gate["kl"] == pytest.approx(float(torch.cat([e[0] for e in errors]).mean()), abs=1e-6)
