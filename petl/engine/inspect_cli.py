@@ -27,7 +27,8 @@ def _sections(args: Sequence[str], *wanted: str) -> Any:
     parser = Parser()
     parser.add_argument("-c", "--config", action=ActionConfigFile)
     parser.add_argument("--seed_everything", type=int | bool, default=0)
-    for key, kind in (("run_dir", str), ("overwrite", bool), ("select", str), ("checkpoint_every", int)):
+    for key, kind in (("run_dir", str), ("overwrite", bool), ("select", str), ("checkpoint_every", int),
+                      ("cache", str), ("cache_dir", str), ("cache_limit", str), ("cache_dtype", str)):  # fmt: skip
         parser.add_argument(f"--{key}", type=kind, default=None)
     if "model" in wanted:
         parser.add_argument("--memory", type=str, default=None, help="Also print the largest batch that fits into it.")
