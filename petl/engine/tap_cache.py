@@ -29,11 +29,11 @@ class TapCache(Callback):
     """Computes what the frozen network makes of each input once, before the first step, and trains on that.
 
     Works for what needs no more of the network than recorded activations: a linear probe (pooled features), a method
-    beside the network (the blocks it reads), or one that begins at a later block (that block's input); and for splits
-    whose inputs are the same in every epoch. Of a pair of encoders, pictures and expressions are recorded apart: each
-    once, and expressions also where the pictures vary. The recorded tensors are those that the network computes,
-    rounded to ``dtype``: with "float32" (or with frozen weights in bf16) training is bit for bit what it is without the
-    cache.
+    beside the network (the blocks it reads), AutoGnothi's side networks, or a method that begins at a later block (that
+    block's input); and for splits whose inputs are the same in every epoch. Of a pair of encoders, pictures and
+    expressions are recorded apart: each once, and expressions also where the pictures vary. The recorded tensors are
+    those that the network computes, rounded to ``dtype``: with "float32" (or with frozen weights in bf16) training is
+    bit for bit what it is without the cache.
 
     Args:
         mode: "auto" where possible and worth it, "require" = an error says why not, "off".
@@ -71,6 +71,19 @@ class TapCache(Callback):
             raise PetlError(f"cache: require, but nothing can be cached: {next(iter(without.values()))}.")
         else:
             rank_zero_print(f"cache: none, since {next(iter(without.values()))}")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._forget(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._forget(trainer)
+
+    @staticmethod
+    def _forget(trainer: L.Trainer) -> None:
+        """The taps are of this training's network: the next one with the same data may have another."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if hasattr(data, "cached"):
+            data.cached = {}
 
     def _plan(self, trainer: L.Trainer, task: Any, data: Any) -> tuple[dict[Stream, list[str]], dict[str, str]]:
         """The splits of each stream (see petl/models/frozen.py) whose inputs are the same in every epoch; and what is

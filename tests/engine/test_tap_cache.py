@@ -249,3 +249,16 @@ def test_taps_on_the_device_are_read_there_and_not_by_workers(tmp_path: Path, mo
     assert plain[1] == found[1]
     assert not forked
     assert [len(reader._shards) for reader in moved] == [1, 1]
+
+
+def test_the_next_training_with_the_same_data_does_not_read_these_taps(tmp_path: Path) -> None:
+    data = Digits(train_size=16, val_size=4, test_size=20, batch_size=8)
+    for cache in ([TapCache("require", str(tmp_path))], []):
+        task = petl.Classification(build("timm_vit"), LADDER)
+        trainer = L.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=cache,
+        )  # fmt: skip
+        trainer.fit(task, datamodule=data)
+        assert not data.cached
+        assert "image" in next(iter(data.train_dataloader()))
