@@ -213,6 +213,9 @@ class FrozenText(FrozenTower):
     def record(self, expressions: Sequence[str]) -> dict[str, Tensor]:  # type: ignore[override]
         return super().record(*self.tokens(expressions))
 
+    def fingerprint(self) -> dict[str, Any]:
+        return super().fingerprint() | {"length": self.tokens(["0"])[0].shape[1]}  # of the padded token ids
+
     def digests(self, contents: Sequence[str]) -> list[str]:
         both = torch.cat(self.tokens(contents), 1).cpu()
         return [hashlib.sha256(row.tobytes()).hexdigest() for row in both.numpy()]

@@ -168,7 +168,8 @@ def test_shipped_configs_are_commented_and_parse(name: str) -> None:
     file = find_config(name)
     check_class_paths(["--config", str(file)])
     content = yaml.safe_load(file.read_text())
-    assert set(content) <= {"seed_everything", "run_dir", "select", "checkpoint_every", "model", "data", "trainer"}
+    run = {"seed_everything", "run_dir", "select", "checkpoint_every", "cache", "cache_dtype"}
+    assert set(content) <= run | {"model", "data", "trainer"}
     assert file.read_text().startswith("# ")
 
 

@@ -66,7 +66,7 @@ class Run(NamedTuple):
 
 def train(method: petl.Method | None, data: Any, *callbacks: L.Callback, epochs: int = 3, **options: Any) -> Run:
     L.seed_everything(3)
-    task = Grounding(method=method, lr=1e-3, method_lr=1e-2, frozen_dtype="float32", **FUSION, **options)
+    task = Grounding(method=method, lr=1e-3, method_lr=1e-2, frozen_dtype="float32", **FUSION | options)
     encoded = {"image": 0, "text": 0}
 
     def count(kind: str, out: Tensor) -> None:
@@ -146,6 +146,8 @@ def test_a_second_run_finds_what_the_first_recorded(
         norm.eps = 1e-3
     other = train(M2IST, of_files(listed), TapCache("auto", str(taps)), vision=vision)
     assert other.encoded == {"image": 4, "text": 0}, "the same weights are not the same network"
+    longer = train(M2IST, of_files(listed), TapCache("auto", str(taps)), query_length=FUSION["query_length"] + 2)
+    assert longer.encoded == {"image": 0, "text": 7}, "of another length"
 
 
 def test_bf16_cache_stays_close(listed: Path) -> None:
