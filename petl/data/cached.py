@@ -6,6 +6,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ def content_digests(images: Sequence[Path | Image.Image]) -> list[str]:
 
 
 def _file_digest(path: Path) -> str:
+    about = path.stat()
+    return _version_digest(path, about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=1 << 17)
+def _version_digest(path: Path, *_version: int) -> str:
+    """Read once for all streams and trainings of this process."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

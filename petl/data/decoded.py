@@ -40,18 +40,18 @@ class Decoded:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.nbytes = limit, 0
-        self._pixels: dict[tuple[str, Path | int], np.ndarray] = {}
+        self._pixels: dict[tuple[str, Path | int], tuple[Any, np.ndarray]] = {}  # with the image: its id stays its own
 
     def fixed(self, image: Path | Image.Image, preparation: Preparation) -> Image.Image:
         """``preparation.fixed`` of the picture."""
         key = (preparation.name, image if isinstance(image, Path) else id(image))
         kept = self._pixels.get(key)
         if kept is not None:
-            return Image.fromarray(kept)
+            return Image.fromarray(kept[1])
         found = preparation.fixed(opened(image))
         pixels = np.asarray(found)
         if self.nbytes + pixels.nbytes <= self.limit:
-            self._pixels[key] = pixels
+            self._pixels[key] = image, pixels
             self.nbytes += pixels.nbytes
         return found
 

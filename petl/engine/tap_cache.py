@@ -105,6 +105,8 @@ class TapCache(Callback):
                     plan.setdefault(stream, []).append(split)
         if plan and self.mode == "auto" and trainer.max_epochs == 1:
             return {}, {"inputs": "one epoch sees each input once"}
+        if plan and self.mode == "auto" and _epochs(trainer, data) < 2:
+            return {}, {"inputs": "so short a training sees few inputs twice"}
         return plan, without
 
     def _fill(self, trainer: L.Trainer, task: Any, data: Any, plan: dict[Stream, list[str]]) -> str:
@@ -140,6 +142,16 @@ class TapCache(Callback):
             "device": weights.device.type,
             "versions": {name: version(name) for name in ("torch", "timm", "transformers")},
         }
+
+
+def _epochs(trainer: L.Trainer, data: Any) -> float:
+    """Whole passes through the training data, with what limits the number of its steps."""
+    whole = max(1, len(data.splits["train"]) // data.batch_size)
+    epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else float("inf")
+    batches = epochs * data.steps_per_epoch
+    if trainer.max_steps >= 0:
+        batches = min(batches, trainer.max_steps * trainer.accumulate_grad_batches)
+    return batches / whole
 
 
 def _computing(trainer: L.Trainer, task: Any, stream: Stream, inputs: Inputs) -> Compute:

@@ -155,3 +155,11 @@ def test_uint8_only_while_a_trainer_runs_on_a_gpu() -> None:
         assert data._on_gpu() is raw
     data.trainer = None
     assert data._on_gpu() is False
+
+
+def test_pictures_in_memory_are_not_taken_for_others_that_are_gone() -> None:
+    record = {"image_size": [8, 8], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "mode": "resize"}
+    preparation, decoded = evaluation_transform(record), Decoded(1 << 20)
+    for grey in range(100):  # the memory of a picture that nobody holds is soon that of another
+        found = decoded.fixed(Image.new("RGB", (9, 9), (grey,) * 3), preparation)
+        assert found.getpixel((4, 4)) == (grey,) * 3

@@ -61,7 +61,7 @@ class Run(NamedTuple):
     losses: list[float]
     metrics: dict[str, float]
     encoded: dict[str, int]  # pictures and expressions that went through an encoder
-    data: Any
+    cached: dict[str, set[str]]  # streams by split, while it trained
 
 
 def train(method: petl.Method | None, data: Any, *callbacks: L.Callback, epochs: int = 3, **options: Any) -> Run:
@@ -77,8 +77,12 @@ def train(method: petl.Method | None, data: Any, *callbacks: L.Callback, epochs:
     text: Any = task.model.text
     text.text_model.embeddings.register_forward_hook(lambda m, a, out: count("text", out))
     losses: list[float] = []
+    cached: dict[str, set[str]] = {}
 
     class Watch(L.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            cached.update({split: set(readers) for split, readers in data.cached.items()})
+
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
             losses.append(float(outputs["loss"]))
 
@@ -91,7 +95,7 @@ def train(method: petl.Method | None, data: Any, *callbacks: L.Callback, epochs:
         trainer.fit(task, data)
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
     tensors = {n: t.clone() for n, t in trained_tensors(task.model).items()}
-    return Run(tensors, losses, metrics, encoded, data)
+    return Run(tensors, losses, metrics, encoded, cached)
 
 
 def memory(mode: str = "require", **options: Any) -> TapCache:
@@ -179,7 +183,7 @@ def test_methods_inside_the_encoders_are_refused_with_the_reason(
     assert_same(plain, refused)
     reason = "dara changes what the encoders compute"
     assert f"cache: none, since {reason}" in capsys.readouterr().out
-    assert refused.data.cached == {}
+    assert refused.cached == {}
     with pytest.raises(PetlError, match=f"require, but nothing can be cached: {reason}"):
         train(method, of_files(listed), memory())
 
@@ -188,10 +192,7 @@ def test_random_transforms_leave_the_text_and_the_validation(listed: Path, capsy
     flips = {"aug_flip": True, "aug_scale": True, "batch_size": 7}
     plain, cached = (train(M2IST, of_files(listed, **flips), *c) for c in ((), (memory(),)))
     assert_same(plain, cached)
-    assert {s: set(readers) for s, readers in cached.data.cached.items()} == {
-        "train": {"text"},
-        "val": {"text", "image"},
-    }
+    assert cached.cached == {"train": {"text"}, "val": {"text", "image"}}
     assert cached.encoded == {"image": 3 * 14 + 2, "text": 7 + 2}  # two phrases name a side: both ways were recorded
     assert (
         "; no images of train, since random transforms change its pictures (aug_scale, aug_flip)"
@@ -203,7 +204,7 @@ def test_pictures_that_are_new_in_every_epoch(capsys: pytest.CaptureFixture[str]
     sizes = {"train_size": 4, "val_size": 3, "batch_size": 8, "test_size": 0, "fresh": True}
     plain, cached = (train(M2IST, Scenes(**sizes), *c) for c in ((), (memory(),)))
     assert_same(plain, cached)
-    assert set(cached.data.cached) == {"val"}
+    assert set(cached.cached) == {"val"}
     out = capsys.readouterr().out
     for kind in ("images", "texts"):
         assert f"; no {kind} of train, since its training pictures are new in every epoch" in out
@@ -213,7 +214,7 @@ def test_pictures_that_are_new_in_every_epoch(capsys: pytest.CaptureFixture[str]
 
 def test_one_epoch_is_not_worth_it(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(None, of_files(listed), memory("auto"), epochs=1)
-    assert run.data.cached == {}
+    assert run.cached == {}
     assert "cache: none, since one epoch sees each input once" in capsys.readouterr().out
 
 

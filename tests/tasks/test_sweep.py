@@ -84,12 +84,16 @@ def test_the_backbone_stays_as_it_was(trained: petl.SideSweep) -> None:
 
 
 def test_recorded_activations_train_the_same(trained: petl.SideSweep, tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import LambdaCallback
+
     from petl.engine.tap_cache import TapCache
 
     module = sweep()
     cache = TapCache("require", "memory", dtype="float32")
-    trainer(tmp_path, callbacks=[cache], **CLIP).fit(module, Digits(**SIZES))
-    assert module.trainer.datamodule.cached.keys() == {"train", "val"}
+    splits: list[str] = []
+    watch = LambdaCallback(on_train_start=lambda trainer, task: splits.extend(trainer.datamodule.cached))
+    trainer(tmp_path, callbacks=[cache, watch], **CLIP).fit(module, Digits(**SIZES))
+    assert set(splits) == {"train", "val"}
     for name in MEMBERS:
         assert equal(member_tensors(module, name), member_tensors(trained, name))
 
