@@ -27,6 +27,7 @@ bench: $(VENV)/.installed  ## write BENCHMARKS.md
 	$(BIN)/python recipes/bench_grounding.py --out BENCHMARKS.md
 	$(BIN)/python recipes/bench_explain.py --out BENCHMARKS.md
 	$(BIN)/python recipes/bench_methods.py --out BENCHMARKS.md
+	$(BIN)/python recipes/bench.py --out BENCHMARKS.md
 
 clean:
 	rm -rf $(VENV) runs build dist

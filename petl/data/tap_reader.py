@@ -63,39 +63,25 @@ class TapReader:
         """Bytes of the taps, those of equal samples counted once."""
         return len(self._distinct()[0]) * sample_bytes(self.spec)
 
-    def read(
-        self, indices: Sequence[int], dtype: torch.dtype | None = None, out: Taps | None = None
-    ) -> tuple[Taps, list[int]]:
-        """Taps of a batch, each (B, …), and the places in it that are not there: their rows are zero.
-
-        Args:
-            indices: positions.
-            dtype: of floating-point taps; None = as they are kept.
-            out: taps of an earlier call that are needed no more, of at least as many rows: those given are written in
-                their memory. New memory costs more than the reading. Without effect on a device.
-        """
+    def read(self, indices: Sequence[int]) -> tuple[Taps, list[int]]:
+        """Taps of a batch, each (B, …), and the places in it that are not there: their rows are zero."""
         at = torch.as_tensor(indices, dtype=torch.long)
         shard, row = self._present(self._shard[at]), self._row[at]
         missing = (shard < 0).nonzero()[:, 0].tolist()
         if self.device.type == "cpu":
             pairs = list(zip(shard.tolist(), row.tolist()))
-            return {name: self._gather(name, pairs, dtype, (out or {}).get(name)) for name in self.spec}, missing
+            return {name: self._gather(name, pairs) for name in self.spec}, missing
         row = row.to(self.device)
-        taps = {name: t.index_select(0, row) for name, t in self._shards[0].tensors.items()}  # all are there, see `to`
-        return {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in taps.items()}, missing
+        return {n: t.index_select(0, row) for n, t in self._shards[0].tensors.items()}, missing  # all there, see `to`
 
-    def _gather(
-        self, name: str, pairs: Sequence[tuple[int, int]], dtype: torch.dtype | None, out: Tensor | None
-    ) -> Tensor:
-        shape, kept = self.spec[name]
-        if out is None:
-            out = torch.empty((len(pairs), *shape), dtype=dtype if dtype and kept.is_floating_point else kept)
-        out = out[: len(pairs)]
+    def _gather(self, name: str, pairs: Sequence[tuple[int, int]]) -> Tensor:
+        shape, dtype = self.spec[name]
+        if not pairs:
+            return torch.empty((0, *shape), dtype=dtype)
         tensors = {s: self._shards[s].tensors[name] for s, _ in pairs if s >= 0}
-        zero = torch.zeros((), dtype=kept).expand(shape)
-        if pairs:  # twice as fast as index_select per shard: a row is copied once, from the mapped file to its place
-            torch.stack([tensors[s][r] if s >= 0 else zero for s, r in pairs], out=out)
-        return out
+        zero = torch.zeros((), dtype=dtype).expand(shape)
+        # twice as fast as index_select per shard: a row is copied once, from the mapped file to its place
+        return torch.stack([tensors[s][r] if s >= 0 else zero for s, r in pairs])
 
     def _present(self, shards: Tensor) -> Tensor:
         """The numbers of these shards, -1 for one that another process has removed or damaged since."""

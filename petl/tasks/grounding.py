@@ -21,7 +21,7 @@ from petl.models.frozen import FrozenPair, FrozenText, FrozenTower
 from petl.models.grounding import GroundingModel
 from petl.nn.boxes import paired_iou
 from petl.nn.tokens import tokenize
-from petl.tasks.base import FrozenTask
+from petl.tasks.base import Factor, FrozenTask
 
 HIT = 0.5  # a prediction counts when its IoU with the truth reaches this
 
@@ -45,6 +45,8 @@ class Grounding(FrozenTask):
         method_lr: peak learning rate of the method's tensors, and of the encoders in full fine-tuning.
         weight_decay: decoupled weight decay, on all trained tensors.
         warmup_epochs: epochs of linear warm-up (may be a fraction).
+        head_epochs: epochs in which the vision-language part learns alone, before the method does (may be a fraction;
+            LP-FT, arXiv 2202.10054: what a head that knows nothing asks of the encoders distorts their features).
         lr_drop: epoch after which learning rates are divided by 10; None = cosine to min_lr.
         min_lr: value of lr at the end of the cosine.
         checkpointing: recompute activations in the backward pass: less memory, more compute.
@@ -77,6 +79,7 @@ class Grounding(FrozenTask):
         method_lr: float = 1e-5,
         weight_decay: float = 1e-4,
         warmup_epochs: float = 0.0,
+        head_epochs: float = 0.0,
         lr_drop: int | None = None,
         min_lr: float = 0.0,
         checkpointing: bool = False,
@@ -88,8 +91,8 @@ class Grounding(FrozenTask):
         tokenizer: Any = None,
     ) -> None:
         super().__init__(lr, weight_decay, warmup_epochs, min_lr, frozen_dtype, compile)
-        self.require_non_negative(method_lr=method_lr, lr_drop=lr_drop or 0)
-        self.method_lr, self.lr_drop, self.pretrained = method_lr, lr_drop, pretrained
+        self.require_non_negative(method_lr=method_lr, head_epochs=head_epochs, lr_drop=lr_drop or 0)
+        self.method_lr, self.head_epochs, self.lr_drop, self.pretrained = method_lr, head_epochs, lr_drop, pretrained
         self.names = {"vision": _name(vision), "text": _name(text)}
         self.vision_args, self.vision_weights = dict(vision_args or {}), vision_weights
         if isinstance(vision, str):
@@ -191,6 +194,10 @@ class Grounding(FrozenTask):
 
     def boxes(self, batch: dict[str, Any]) -> Tensor:
         """Predicted boxes (B, 4) of a batch, cxcywh in [0, 1] of the canvas."""
+        return self.model.locate(*self._encoded(batch))
+
+    def _encoded(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """What `GroundingModel.locate` takes."""
         model, frozen, taps = self.model, self._frozen, batch.get("taps", {})
         ids, words = self._tokens(batch["expression"])
         masks, which, first = batch["mask"], None, slice(None)
@@ -203,7 +210,7 @@ class Grounding(FrozenTask):
         else:
             visual = model.encode_images(batch["image"][first], masks)
         text = frozen.text.output(batch) if "text" in taps else model.encode_text(ids, words)
-        return model.locate(visual, masks, text, words, which)
+        return visual, masks, text, words, which
 
     @staticmethod
     def loss(predicted: Tensor, truth: Tensor) -> Tensor:
@@ -214,8 +221,15 @@ class Grounding(FrozenTask):
             return (predicted - truth).abs().sum(1).mean() + generalized_box_iou_loss(*corners, reduction="mean")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self.loss(self.boxes(batch), batch["box"])
+        rest = self._resting()
+        with torch.set_grad_enabled(not rest):
+            encoded = self._encoded(batch)
+        loss = self.loss(self.model.locate(*encoded), batch["box"])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["box"]))
+        if (
+            rest and self.trainer.world_size > 1
+        ):  # all tensors take part, so that DDP need not search for those that do not
+            loss = loss + 0.0 * sum(p.sum() for p in rest)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -249,10 +263,39 @@ class Grounding(FrozenTask):
         return self.model.petl.vision, self.model.petl.text
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        head = list(self.model.head.parameters())
-        known = {id(p) for p in head}
-        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
-        return [{"params": head}, *self.by_rate(rest, self.method_lr)]
+        return [{"params": list(self.model.head.parameters())}, *self.by_rate(self._adapting(), self.method_lr)]
+
+    def _adapting(self) -> list[nn.Parameter]:
+        """What is trained in the encoders."""
+        head = {id(p) for p in self.model.head.parameters()}
+        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in head]
+
+    def _head_steps(self, total: int) -> int:
+        return self.warmup_steps(self.head_epochs, total)
+
+    def _resting(self) -> list[nn.Parameter]:
+        """What has no step now, since the vision-language part learns alone."""
+        return self._adapting() if self.global_step < self._head_steps(self.total_steps) else []
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter in self._resting():
+            parameter.grad = None  # no step, whatever weight decay and moments would do
+
+    def factors(self, total: int) -> Factor | list[Factor]:
+        common, start = cast(Factor, super().factors(total)), self._head_steps(total)
+        if not start:
+            return common
+        if start >= total:
+            raise PetlError(
+                f"Grounding(head_epochs={self.head_epochs:g}) with max_epochs={self.trainer.max_epochs}: the method "
+                "would never learn. Fewer head_epochs, or more epochs."
+            )
+        warmup = max(1, self.warmup_steps(self.warmup_epochs, total))
+
+        def late(step: int) -> float:
+            return min(1.0, max(0.0, (step - start + 1) / (warmup + 1))) * common(step)
+
+        return [common, *[late] * (len(self.parameter_groups()) - 1)]
 
     def decay(self, step: int, warmup: int, total: int) -> float:
         if self.lr_drop is None:
@@ -266,7 +309,12 @@ class Grounding(FrozenTask):
     # ---- what becomes of it
 
     def protocol(self) -> dict[str, Any]:
-        return super().protocol() | {"method_lr": self.method_lr, "pretrained": self.pretrained, "leak": self.leak}
+        return super().protocol() | {
+            "method_lr": self.method_lr,
+            "head_epochs": self.head_epochs,
+            "pretrained": self.pretrained,
+            "leak": self.leak,
+        }
 
     def save_adapter(self, directory: str | Path, protocol: dict[str, Any] | None = None) -> Path:
         """Write the adapter of the model as it is now (see `petl.save`); ``protocol``: how it came about."""

@@ -146,7 +146,8 @@ def test_the_method_is_chosen_on_the_command_line(petl: Petl, tmp_path: Path) ->
 
 def test_a_killed_run_ends_with_the_same_adapter(petl: Petl, tmp_path: Path) -> None:
     augmented = [v for k in ("crop", "scale", "translate", "flip", "color") for v in (f"--data.aug_{k}", "true")]
-    command = ["fit", *SCENES, *augmented, "--trainer.max_epochs", 2, "--model.dropout", 0.1, "--checkpoint_every", 2]
+    command = ["fit", *SCENES, *augmented, "--trainer.max_epochs", 2, "--model.dropout", 0.1,
+               "--model.head_epochs", 0.5, "--checkpoint_every", 2]  # fmt: skip
     petl(*command, "--run_dir", "whole", cwd=tmp_path)
     killed = petl(*command, "--run_dir", "killed", cwd=tmp_path, check=False, kill=(9, "training_step", signal.SIGKILL))
     assert killed.returncode == -9

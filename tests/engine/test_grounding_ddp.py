@@ -48,7 +48,8 @@ def options(folder: Path, method: str) -> list[object]:
                 lines.append(entry(len(lines), expression=text, bbox=box, split=split, width=40, height=30))
         write(folder, *lines)
     return ["--config", "quickstart/grounding", *QUICK, "--data", "petl.data.Expressions", "--data.file", "list.jsonl",
-            "--model.method", method, "--model.query_length", 8, "--trainer.max_epochs", 2]  # fmt: skip
+            "--model.method", method, "--model.query_length", 8, "--model.head_epochs", 0.5,
+            "--trainer.max_epochs", 2]  # fmt: skip
 
 
 def result(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:

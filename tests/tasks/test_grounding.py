@@ -209,6 +209,18 @@ def test_warm_up_and_cosine_move_all_groups_alike() -> None:
     assert len(rates(under(task(method=None), Phrases()), 1)[0]) == 1, "an empty group is left out"
 
 
+def test_the_method_starts_after_the_head() -> None:
+    module = under(task(lr=1.0, method_lr=0.1, warmup_epochs=0.5, head_epochs=1), Phrases(steps=4))
+    head, late = zip(*rates(module, 12), strict=True)
+    alone = rates(under(task(lr=1.0, warmup_epochs=0.5, method=None), Phrases(steps=4)), 12)
+    assert head == pytest.approx([r[0] for r in alone])
+    assert late[:4] == (0, 0, 0, 0)
+    assert [b / a for a, b in zip(head[4:], late[4:], strict=True)] == pytest.approx([0.1 / 3, 0.2 / 3] + [0.1] * 6)
+    assert len(rates(under(task(method=None, head_epochs=1), Phrases()), 1)[0]) == 1
+    with pytest.raises(petl.PetlError, match=r"head_epochs=3\) with max_epochs=3: the method would never learn"):
+        under(task(head_epochs=3), Phrases()).configure_optimizers()
+
+
 def test_record() -> None:
     options = {"lr": 2e-4, "method_lr": 3e-5, "weight_decay": 0.01, "lr_drop": 2}
     record = under(task("detr", **options), Phrases("coco")).protocol()
@@ -281,8 +293,34 @@ def test_fit_and_test(tmp_path: Path) -> None:
     assert checkpoint["state_dict"].keys() == trained.keys()
 
 
+@pytest.mark.parametrize("method", [petl.DARA(**SMALL), petl.M2IST(**SMALL, side_seed="zero")], ids=["dara", "m2ist"])
+def test_until_the_method_starts_the_head_learns_as_without_it(method: petl.Method, tmp_path: Path) -> None:
+    def train(**options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What is trained, before the last of four steps and after it."""
+        module, before = Grounding(lr=1e-3, method_lr=1e-3, **FUSION, **options), {}
+
+        class Watch(L.Callback):
+            def on_train_batch_start(self, trainer: L.Trainer, *args: object) -> None:
+                before.update((n, p.clone()) for n, p in module.model.named_parameters() if p.requires_grad)
+
+        quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+        trainer = L.Trainer(max_epochs=2, accelerator="cpu", default_root_dir=tmp_path, gradient_clip_val=0.1,
+                            callbacks=[Watch()], **quiet)  # fmt: skip
+        trainer.fit(module, Scenes(train_size=4, val_size=1, test_size=1, batch_size=4))
+        assert trainer.global_step == 4
+        return before, dict(module.model.named_parameters())
+
+    start = dict(Grounding(method=method, **FUSION).model.petl.named_parameters())
+    (alone, _), (before, after) = train(), train(method=method, head_epochs=1.5)
+    assert {f"petl.{n}" for n in start} | alone.keys() == before.keys()
+    assert all(torch.equal(p, before[n]) for n, p in alone.items()), "the head, through clipping and all"
+    assert all(torch.equal(p, before[f"petl.{n}"]) for n, p in start.items())
+    assert [n for n in start if not torch.equal(after[f"petl.{n}"], start[n])]
+
+
 def test_bad_options() -> None:
     for options, message in (
+        ({"head_epochs": -1}, "head_epochs=-1"),
         ({"method_lr": -1.0}, r"method_lr=-1\.0\): method_lr must be a number of at least 0"),
         ({"lr_drop": -1}, "lr_drop"),
         ({"tokenizer": None}, "needs the model's tokenizer too"),
