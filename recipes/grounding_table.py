@@ -1,24 +1,26 @@
 """Acc@0.5 of M²IST and DARA beside what they must beat, on generated scenes with the bundled pair of encoders.
 
-    python recipes/grounding_table.py --out runs/grounding_table
+    python recipes/grounding_table.py --out runs/grounding_table --seeds 0 1 2
 
-Runs ``petl fit`` and ``petl test`` with quickstart/grounding for each method, adds the best constant box, and prints
-one table. Finished runs are not run again.
+Runs ``petl fit`` and ``petl test`` with quickstart/grounding for each method and seed, adds the best constant box, and
+prints one table: means, and standard deviations where there are several seeds. Finished runs are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 METHODS = {
-    "vision-language part only": ["--model.method", "LinearProbe"],
+    "vision-language part only": ["--model.method", "LinearProbe", "--model.head_epochs", "0"],
     "DARA": ["--model.method", "DARA", "--model.method.scale", "1.0", "--model.method_lr", "1.0e-3"],
     "M²IST": [],
 }
@@ -36,7 +38,8 @@ def best_constant(train: Tensor, test: Tensor) -> tuple[float, float]:
 
 def run(name: str, overrides: list[str], folder: Path, seed: int) -> dict[str, float]:
     """Train and test one row; its numbers."""
-    common = ["--config", "quickstart/grounding", "--run_dir", str(folder), "--seed_everything", str(seed), *overrides]
+    seeds = ["--seed_everything", str(seed), "--data.seed", str(seed)]
+    common = ["--config", "quickstart/grounding", "--run_dir", str(folder), *seeds, *overrides]
     if not (folder / "test_metrics.json").is_file():
         for verb in (["fit", "--overwrite", "true"], ["test"]):
             subprocess.run([sys.executable, "-m", "petl", verb[0], *common, *verb[1:]], check=True)
@@ -46,30 +49,42 @@ def run(name: str, overrides: list[str], folder: Path, seed: int) -> dict[str, f
             "parameters": config["tensors"]["parameters"]}  # fmt: skip
 
 
+def spread(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
+    """Mean ± standard deviation of a sample; the value alone where there is one."""
+    scaled = [scale * v for v in values]
+    deviation = f" ± {statistics.stdev(scaled):.{digits}f}" if len(scaled) > 1 else ""
+    return f"{statistics.mean(scaled):.{digits}f}{deviation}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/grounding_table"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("rest", nargs="*", help="further overrides for every row, after --")
     args = parser.parse_args()
     from petl.data import Scenes
 
-    rows = {}
+    rows, folder = {}, args.out
     for name, what in METHODS.items():
-        rows[name] = run(name, [*what, *args.rest], args.out / name.replace(" ", "_"), args.seed)
-    data = Scenes(3600, 0, 500, 4, max_things=3, zoom=1.5, image_size=64, mean=(0.5,) * 3, std=(0.5,) * 3)
+        for seed in args.seeds:
+            folder = args.out / f"{name.replace(' ', '_')}_seed{seed}"
+            rows[name, seed] = run(name, [*what, *args.rest], folder, seed)
+    drawn = yaml.safe_load((folder / "config.yaml").read_text())["data"]["init_args"]
+    data = Scenes(**drawn | {"image_size": 64, "mean": (0.5,) * 3, "std": (0.5,) * 3})
     data.setup("fit")
     boxes = [torch.stack([data.transform(False)(s)["box"] for s in data.splits[k].samples]) for k in ("train", "test")]
     acc, iou = best_constant(boxes[0], boxes[1])
     table = [
-        "| method | Acc@0.5 | mean IoU | trained | seconds |",
+        "| method | Acc@0.5, % | mean IoU | trained | seconds |",
         "|---|---:|---:|---:|---:|",
-        f"| best constant box | {100 * acc:.1f} % | {iou:.3f} | 0 | |",
-        *(
-            f"| {name} | {100 * r['acc']:.1f} % | {r['iou']:.3f} | {r['parameters']:,} | {r['seconds']:.0f} |"
-            for name, r in rows.items()
-        ),
+        f"| best constant box | {100 * acc:.1f} | {iou:.3f} | 0 | |",
     ]
+    for name in METHODS:
+        of = {key: [rows[name, seed][key] for seed in args.seeds] for key in ("acc", "iou", "parameters", "seconds")}
+        table.append(
+            f"| {name} | {spread(of['acc'], 100)} | {spread(of['iou'], digits=3)} | {of['parameters'][0]:,} "
+            f"| {statistics.mean(of['seconds']):.0f} |"
+        )
     print("\n" + "\n".join(table))
     (args.out / "table.md").write_text("\n".join(table) + "\n")
 

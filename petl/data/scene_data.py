@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from petl.data.grounding import GroundingDataModule, Reference, References
 from petl.data.grounding_transforms import Augmentation
-from petl.data.scenes import SHAPES, VERSION, Expression, expressions, make_scene
+from petl.data.scenes import COLORS, KINDS, SHAPES, SIZES, TEXTURES, VERSION, Expression, expressions, make_scene
 from petl.errors import PetlError, nearest
 
 TRIES = 32  # seeds for one place in a split: a quarter of the scenes hold one object, which says nothing
@@ -37,33 +38,34 @@ def choose(found: list[Expression], count: int, rng: np.random.Generator) -> lis
 class Drawn(NamedTuple):
     """How scenes are drawn: the arguments of `make_scene` after the seed."""
 
-    size: int
-    max_things: int
-    zoom: float
-    kinds: int
-    brightness: float
-    noise: float
+    size: int = 64
+    max_things: int = 4
+    zoom: float = 1.0
+    shapes: int = len(SHAPES)
+    colors: int = len(COLORS)
+    sizes: int = len(SIZES)
+    textures: int = len(TEXTURES)
+    brightness: float = 1.0
+    noise: float = 0.0
 
-    @property
-    def light(self) -> str:
-        """What tells these pictures from those of the same seed in daylight."""
-        return (
-            "" if (self.brightness, self.noise) == (1, 0) else f" brightness {self.brightness:g} noise {self.noise:g}"
-        )
+    def __str__(self) -> str:
+        """What tells these pictures from those of the same seed that are drawn without options."""
+        usual = Drawn()
+        return "".join(f" {k} {v:g}" for k, v, u in zip(self._fields, self, usual, strict=True) if v != u)
 
 
-def references(first: int, count: int, least: int, drawn: Drawn) -> list[Reference]:
+def references(first: int, count: int, least: int, drawn: Drawn, kinds: Sequence[str] = KINDS) -> list[Reference]:
     """``count`` samples of the first scene from this seed on that has ``least`` objects and expressions enough."""
     for seed in range(first, first + TRIES):
         scene = make_scene(seed, *drawn)
-        found = expressions(scene)
+        found = [e for e in expressions(scene) if e.kind in kinds]
         if len(scene.things) >= least and len(found) >= count:
             break
     samples = []
     for e in choose(found, count, np.random.default_rng([VERSION, seed, 1])):
         x0, y0, x1, y1 = scene.things[e.target].box
         box = (x0, y0, x1 - x0, y1 - y0)
-        name = f"scene {VERSION} {seed}{drawn.light}"
+        name = f"scene {VERSION} {seed}{drawn}"
         samples.append(Reference(scene.image, e.text, box, drawn.size, drawn.size, name, f"{name} {e.target}"))
     return samples
 
@@ -76,12 +78,13 @@ def least(split: str, number: int) -> int:
 class FreshScenes(References):
     """Training scenes that are new in every epoch; ``samples`` are those of the first."""
 
-    def __init__(self, seed: int, scenes: int, count: int, drawn: Drawn) -> None:
-        self.seed, self.count, self.drawn = seed, count, drawn
+    def __init__(self, seed: int, scenes: int, count: int, drawn: Drawn, kinds: Sequence[str] = KINDS) -> None:
+        self.seed, self.count, self.drawn, self.kinds = seed, count, drawn, kinds
         super().__init__(r for n in range(scenes) for r in self._scene(0, n))
 
     def _scene(self, epoch: int, number: int) -> list[Reference]:
-        return references(seed_of("train", self.seed, epoch, number), self.count, least("train", number), self.drawn)
+        seed = seed_of("train", self.seed, epoch, number)
+        return references(seed, self.count, least("train", number), self.drawn, self.kinds)
 
     def at(self, epoch: int, index: int) -> Reference:
         if epoch == 0:
@@ -102,9 +105,13 @@ class Scenes(GroundingDataModule):
         val_size: validation scenes.
         test_size: test scenes.
         expressions_per_scene: samples drawn from each scene, mixed in kind; 1 to 6.
+        kinds: of expressions: "attribute", "extreme", "ordinal", "relation"; None = all.
         max_things: objects in a scene at most, 2 or more.
         zoom: factor on the size of the objects, 0.5 to 2; small ones are a fifth as wide as the picture.
-        kinds: how many shapes and colours there are, 2 to 10 each.
+        shapes: how many shapes there are, the first of `petl.data.scenes.SHAPES`.
+        colors: how many colours, likewise.
+        sizes: 1 = all objects are small, 2.
+        textures: 1 = all are solid, 2 = also striped, 3 = also dotted.
         brightness: factor on all pixel values, above 0 and at most 1; the bundled backbone has seen scenes at 1.
         noise: standard deviation of sensor noise in grey levels, after that.
         fresh: new training scenes in every epoch; False = the same ones.
@@ -128,9 +135,13 @@ class Scenes(GroundingDataModule):
         val_size: int = 250,
         test_size: int = 500,
         expressions_per_scene: int = 2,
+        kinds: Sequence[str] | None = None,
         max_things: int = 4,
         zoom: float = 1.0,
-        kinds: int = 10,
+        shapes: int = len(SHAPES),
+        colors: int = len(COLORS),
+        sizes: int = len(SIZES),
+        textures: int = len(TEXTURES),
         brightness: float = 1.0,
         noise: float = 0.0,
         fresh: bool = False,
@@ -155,17 +166,23 @@ class Scenes(GroundingDataModule):
         if test_split not in ("val", "test"):
             raise PetlError(f"Scenes(test_split={test_split!r}): {nearest(test_split, ('val', 'test'))}")
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
-        self.expressions_per_scene, self.fresh = expressions_per_scene, fresh
-        self.drawn = Drawn(scene_size, max_things, zoom, kinds, brightness, noise)
+        self.expressions_per_scene, self.fresh, self.kinds = expressions_per_scene, fresh, tuple(kinds or KINDS)
+        self.drawn = Drawn(scene_size, max_things, zoom, shapes, colors, sizes, textures, brightness, noise)
         self.group = 1 if augmentation else expressions_per_scene  # so that a scene is encoded once for all of them
         if train_size < 1 or min(self.sizes.values()) < 0:
             raise PetlError(f"Scenes: sizes {self.sizes} must not be negative, and there is something to train on.")
         if not 1 <= expressions_per_scene <= MOST:
             raise PetlError(f"Scenes(expressions_per_scene={expressions_per_scene}): it is 1 to {MOST}.")
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise PetlError(f"Scenes(kinds={list(self.kinds)}): {nearest(kind, KINDS)}")
         if max_things < 2:
             raise PetlError(f"Scenes(max_things={max_things}): with fewer than two there is nothing to tell apart.")
-        if not 2 <= kinds <= len(SHAPES):
-            raise PetlError(f"Scenes(kinds={kinds}): it lies between 2 and {len(SHAPES)}.")
+        known = {"shapes": SHAPES, "colors": COLORS, "sizes": SIZES, "textures": TEXTURES}
+        for what, all_of_them in known.items():
+            count = getattr(self.drawn, what)
+            if not 1 <= count <= len(all_of_them):
+                raise PetlError(f"Scenes({what}={count}): it is 1 to {len(all_of_them)}.")
         if not 0.5 <= zoom <= 2:
             raise PetlError(f"Scenes(zoom={zoom}): it lies between 0.5 and 2.")
         if not 0 < brightness <= 1 or not 0 <= noise <= 64:
@@ -179,12 +196,12 @@ class Scenes(GroundingDataModule):
         count = self.expressions_per_scene
         for split, scenes in self.sizes.items():
             if split == "train" and self.fresh:
-                self.splits[split] = FreshScenes(self.seed, scenes, count, self.drawn)
+                self.splits[split] = FreshScenes(self.seed, scenes, count, self.drawn, self.kinds)
             elif scenes:
                 self.splits[split] = References(
                     r
                     for n in range(scenes)
-                    for r in references(seed_of(split, self.seed, 0, n), count, least(split, n), self.drawn)
+                    for r in references(seed_of(split, self.seed, 0, n), count, least(split, n), self.drawn, self.kinds)
                 )
             else:
                 continue
@@ -192,4 +209,6 @@ class Scenes(GroundingDataModule):
             self.split_names[split] = f"{scenes} generated scenes{new}"
 
     def protocol(self) -> dict[str, Any]:
-        return super().protocol() | {"scenes_version": VERSION, "fresh": self.fresh}
+        return super().protocol() | {
+            "scenes_version": VERSION, "fresh": self.fresh, "kinds": list(self.kinds), "drawn": self.drawn._asdict()
+        }  # fmt: skip

@@ -23,6 +23,7 @@ COLORS = {
 SIZES = ("small", "large")
 TEXTURES = ("solid", "striped", "dotted")
 BACKGROUNDS = {"gray": (128, 128, 128), "sand": (205, 190, 150), "navy": (30, 40, 80), "mint": (180, 220, 200)}
+KINDS = ("attribute", "extreme", "ordinal", "relation")
 ORDINALS = ("first", "second", "third", "fourth")
 _SUPERSAMPLE = 4
 
@@ -51,7 +52,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Expression:
-    """A phrase that fits exactly one object: ``things[target]``. ``kind``: attribute, extreme, ordinal or relation."""
+    """A phrase that fits exactly one object: ``things[target]``. ``kind``: one of `KINDS`."""
 
     text: str
     target: int
@@ -135,15 +136,18 @@ def make_scene(
     size: int = 64,
     max_things: int = 4,
     zoom: float = 1.0,
-    kinds: int = 10,
+    shapes: int = len(SHAPES),
+    colors: int = len(COLORS),
+    sizes: int = len(SIZES),
+    textures: int = len(TEXTURES),
     brightness: float = 1.0,
     noise: float = 0.0,
 ) -> Scene:
     """The scene of ``seed``: an RGB picture of ``size`` x ``size`` pixels with 1 to ``max_things`` separate objects.
 
-    Small objects are about a fifth as wide as the picture, large ones two fifths, times ``zoom``. They take the first
-    ``kinds`` of `SHAPES` and `COLORS`. A picture taken in little light: all values times ``brightness``, and then noise
-    of standard deviation ``noise`` in grey levels.
+    Small objects are about a fifth as wide as the picture, large ones two fifths, times ``zoom``. They are of the first
+    ``shapes``, ``colors``, ``sizes`` and ``textures`` of `SHAPES`, `COLORS`, `SIZES` and `TEXTURES`. A picture taken in
+    little light: all values times ``brightness``, and then noise of standard deviation ``noise`` in grey levels.
     """
     rng = np.random.default_rng([VERSION, seed])
     side = size * _SUPERSAMPLE
@@ -153,10 +157,13 @@ def make_scene(
     placed: list[tuple[int, int, int, int]] = []
     things: list[Thing] = []
     # half of the scenes repeat one or two shapes, so that ordinals and relations are needed to tell things apart
-    shapes = rng.choice(SHAPES[:kinds], 2, replace=False) if rng.random() < 0.5 else np.array(SHAPES[:kinds])
+    few = rng.random() < 0.5
+    chosen = rng.choice(SHAPES[:shapes], min(2, shapes), replace=False) if few else np.array(SHAPES[:shapes])
+    weights = np.array([0.6, 0.2, 0.2][:textures])
+    weights = weights / weights.sum()
     for _ in range(int(rng.integers(1, max_things + 1))):
-        shape, color = str(rng.choice(shapes)), str(rng.choice(list(COLORS)[:kinds]))
-        thing_size, texture = str(rng.choice(SIZES)), str(rng.choice(TEXTURES, p=(0.6, 0.2, 0.2)))
+        shape, color = str(rng.choice(chosen)), str(rng.choice(list(COLORS)[:colors]))
+        thing_size, texture = str(rng.choice(SIZES[:sizes])), str(rng.choice(TEXTURES[:textures], p=weights))
         share = rng.uniform(0.17, 0.23) if thing_size == "small" else rng.uniform(0.34, 0.42)
         mask = _stencil(shape, share * zoom * side)
         w, h = mask.size

@@ -70,6 +70,15 @@ def test_the_bundled_vocabulary_knows_every_word_of_the_grammar() -> None:
             assert len(ids) <= bundled.CONTEXT
 
 
+def test_fewer_shapes_colours_sizes_and_textures() -> None:
+    for seed in range(60):
+        scene = scenes.make_scene(seed, shapes=1, colors=3, sizes=1, textures=1)
+        assert {(t.shape, t.size, t.texture) for t in scene.things} == {("circle", "small", "solid")}
+        assert {t.color for t in scene.things} <= {"red", "green", "blue"}
+    seen = {t.texture for seed in range(60) for t in scenes.make_scene(seed, textures=2).things}
+    assert seen == {"solid", "striped"}
+
+
 def test_little_light_changes_pixels_and_nothing_else() -> None:
     day, night = scenes.make_scene(5), scenes.make_scene(5, brightness=0.12, noise=1.5)
     assert night.things == day.things

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from petl.data.scene_data import FreshScenes, Scenes, seed_of
-from petl.data.scenes import expressions, make_scene
+from petl.data.scenes import COLORS, expressions, make_scene
 from petl.errors import PetlError
 
 PLAIN: dict[str, Any] = {"image_size": 64, "mean": (0.5,) * 3, "std": (0.25,) * 3, "batch_size": 8}
@@ -118,9 +118,25 @@ def test_splits_of_size_zero_do_not_exist_and_test_can_be_val() -> None:
         data.expressions("test")
 
 
-def test_scenes_in_little_light_are_other_data() -> None:
-    day, night = scenes().protocol()["splits"], scenes(brightness=0.12, noise=1.5).protocol()["splits"]
-    assert all(day[split]["sha256"] != night[split]["sha256"] for split in day)
+def test_kinds_of_expressions() -> None:
+    data = scenes(kinds=["attribute"], shapes=1, sizes=1, textures=1)
+    words = {w for split in data.splits for text in data.expressions(split) for w in text.split()}
+    assert words <= {"the", "small", "solid", "circle", *COLORS}
+    assert data.protocol()["kinds"] == ["attribute"]
+    assert scenes().protocol()["splits"]["val"] != scenes(kinds=["attribute"]).protocol()["splits"]["val"]
+    with pytest.raises(PetlError, match=r"kinds=\['atribute'\]\): did you mean 'attribute'"):
+        scenes(kinds=["atribute"])
+
+
+def test_scenes_drawn_otherwise_are_other_data() -> None:
+    usual = scenes().protocol()
+    for options in ({"brightness": 0.12, "noise": 1.5}, {"zoom": 1.5}, {"shapes": 1}, {"max_things": 3}):
+        other = scenes(**options).protocol()
+        assert all(usual["splits"][split]["sha256"] != other["splits"][split]["sha256"] for split in usual["splits"])
+        assert other["drawn"].items() >= options.items()
     for options in ({"brightness": 0.0}, {"brightness": 1.5}, {"noise": -1}):
         with pytest.raises(PetlError, match="brightness"):
+            scenes(**options)
+    for options in ({"shapes": 0}, {"colors": 11}, {"sizes": 3}, {"textures": 4}):
+        with pytest.raises(PetlError, match=f"{next(iter(options))}=.*: it is 1 to"):
             scenes(**options)
