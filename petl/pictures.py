@@ -83,10 +83,18 @@ def token_grid(
     return file
 
 
+def exposed(image: Tensor) -> Tensor:
+    """An image in [0, 1] for the eye: a dark one is scaled until its brightest value is 1."""
+    brightest = image.max().clamp(min=1 / 255)
+    return (image / brightest if brightest < 0.5 else image).clamp(0, 1)
+
+
 def box_grid(
     images: Tensor, predicted: Tensor, truth: Tensor | None, expressions: Sequence[str], file: Path, columns: int = 4
 ) -> Path:
     """Draw images with boxes: truth in white, a prediction in green where it is a hit, in red where not, else in blue.
+
+    An image without any pixel of half the full brightness is drawn brighter, see `exposed`.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
@@ -108,7 +116,7 @@ def box_grid(
     for ax in axes:
         ax.set_axis_off()
     for i, (ax, image) in enumerate(zip(axes, images.float().cpu())):
-        ax.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        ax.imshow(exposed(image).permute(1, 2, 0).numpy(), interpolation="nearest")
         title = "\n".join(textwrap.wrap(expressions[i], 34))
         color = PREDICTED
         if truth is not None and ious is not None:

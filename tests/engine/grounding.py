@@ -113,7 +113,7 @@ def commands() -> Iterator[Petl]:
 
 QUICK: list[object] = [
     "--trainer.accelerator", "cpu", "--trainer.max_epochs", 1, "--model.fusion_layers", 1, "--model.fusion_dim", 32,
-    "--model.fusion_hidden", 32, "--data.batch_size", 8,
+    "--model.fusion_hidden", 32, "--model.head_epochs", 0, "--data.batch_size", 8,
 ]  # fmt: skip
 SCENES: list[object] = [
     "--config", "quickstart/grounding", *QUICK, "--data.train_size", 24, "--data.val_size", 6, "--data.test_size", 7,
