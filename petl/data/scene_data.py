@@ -205,6 +205,11 @@ class Scenes(GroundingDataModule):
                 )
             else:
                 continue
+            if not self.splits[split].samples:
+                raise PetlError(
+                    f"Scenes(kinds={list(self.kinds)}): no scene has an expression of these kinds as they are drawn"
+                    f" ({str(self.drawn).strip()}). Other kinds, or more shapes, colors and max_things."
+                )
             new = ", new in every epoch" if split == "train" and self.fresh else ""
             self.split_names[split] = f"{scenes} generated scenes{new}"
 

@@ -226,9 +226,7 @@ class Grounding(FrozenTask):
             encoded = self._encoded(batch)
         loss = self.loss(self.model.locate(*encoded), batch["box"])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["box"]))
-        if (
-            rest and self.trainer.world_size > 1
-        ):  # all tensors take part, so that DDP need not search for those that do not
+        if rest and self.trainer.world_size > 1:  # DDP waits for a gradient of every tensor
             loss = loss + 0.0 * sum(p.sum() for p in rest)
         return loss
 

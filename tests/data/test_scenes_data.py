@@ -126,6 +126,8 @@ def test_kinds_of_expressions() -> None:
     assert scenes().protocol()["splits"]["val"] != scenes(kinds=["attribute"]).protocol()["splits"]["val"]
     with pytest.raises(PetlError, match=r"kinds=\['atribute'\]\): did you mean 'attribute'"):
         scenes(kinds=["atribute"])
+    with pytest.raises(PetlError, match=r"kinds=\['relation'\]\): no scene has an expression .*shapes 1"):
+        scenes(kinds=["relation"], shapes=1).setup("fit")
 
 
 def test_scenes_drawn_otherwise_are_other_data() -> None:
