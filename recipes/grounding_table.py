@@ -36,7 +36,7 @@ def best_constant(train: Tensor, test: Tensor) -> tuple[float, float]:
     return (ious >= 0.5).float().mean().item(), ious.mean().item()
 
 
-def run(name: str, overrides: list[str], folder: Path, seed: int) -> dict[str, float]:
+def run(overrides: list[str], folder: Path, seed: int) -> dict[str, float]:
     """Train and test one row; its numbers."""
     seeds = ["--seed_everything", str(seed), "--data.seed", str(seed)]
     common = ["--config", "quickstart/grounding", "--run_dir", str(folder), *seeds, *overrides]
@@ -68,7 +68,7 @@ def main() -> None:
     for name, what in METHODS.items():
         for seed in args.seeds:
             folder = args.out / f"{name.replace(' ', '_')}_seed{seed}"
-            rows[name, seed] = run(name, [*what, *args.rest], folder, seed)
+            rows[name, seed] = run([*what, *args.rest], folder, seed)
     drawn = yaml.safe_load((folder / "config.yaml").read_text())["data"]["init_args"]
     data = Scenes(**drawn | {"image_size": 64, "mean": (0.5,) * 3, "std": (0.5,) * 3})
     data.setup("fit")

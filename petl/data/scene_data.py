@@ -38,19 +38,19 @@ def choose(found: list[Expression], count: int, rng: np.random.Generator) -> lis
 class Drawn(NamedTuple):
     """How scenes are drawn: the arguments of `make_scene` after the seed."""
 
-    size: int = 64
-    max_things: int = 4
-    zoom: float = 1.0
-    shapes: int = len(SHAPES)
-    colors: int = len(COLORS)
-    sizes: int = len(SIZES)
-    textures: int = len(TEXTURES)
-    brightness: float = 1.0
-    noise: float = 0.0
+    size: int
+    max_things: int
+    zoom: float
+    shapes: int
+    colors: int
+    sizes: int
+    textures: int
+    brightness: float
+    noise: float
 
     def __str__(self) -> str:
         """What tells these pictures from those of the same seed that are drawn without options."""
-        usual = Drawn()
+        usual = Drawn(*(make_scene.__defaults__ or ()))
         return "".join(f" {k} {v:g}" for k, v, u in zip(self._fields, self, usual, strict=True) if v != u)
 
 

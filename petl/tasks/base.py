@@ -125,6 +125,18 @@ class FrozenTask(L.LightningModule):
         for tower in self.towers():  # the gradients of this step are there until the next one zeroes them
             tower.after_step(self.global_step + 1, self.total_steps)
 
+    def resting(self) -> list[nn.Parameter]:
+        """Trained tensors that have no step now."""
+        return []
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter in self.resting():
+            parameter.grad = None  # no step, whatever weight decay and moments would do
+
+    def with_all(self, loss: Tensor) -> Tensor:
+        """``loss`` in which all tensors take part, so that DDP need not search for those that do not."""
+        return loss + 0.0 * sum(p.sum() for p in self.resting()) if self.trainer.world_size > 1 else loss
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Trained parameters in groups for AdamW; a group's own ``lr`` follows the same schedule."""
         return self.by_rate([p for p in self.model.parameters() if p.requires_grad], self.lr)

@@ -221,14 +221,11 @@ class Grounding(FrozenTask):
             return (predicted - truth).abs().sum(1).mean() + generalized_box_iou_loss(*corners, reduction="mean")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        rest = self._resting()
-        with torch.set_grad_enabled(not rest):
+        with torch.set_grad_enabled(not self.resting()):
             encoded = self._encoded(batch)
         loss = self.loss(self.model.locate(*encoded), batch["box"])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["box"]))
-        if rest and self.trainer.world_size > 1:  # DDP waits for a gradient of every tensor
-            loss = loss + 0.0 * sum(p.sum() for p in rest)
-        return loss
+        return self.with_all(loss)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._evaluate(batch, "val")
@@ -271,13 +268,9 @@ class Grounding(FrozenTask):
     def _head_steps(self, total: int) -> int:
         return self.warmup_steps(self.head_epochs, total)
 
-    def _resting(self) -> list[nn.Parameter]:
+    def resting(self) -> list[nn.Parameter]:
         """What has no step now, since the vision-language part learns alone."""
         return self._adapting() if self.global_step < self._head_steps(self.total_steps) else []
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for parameter in self._resting():
-            parameter.grad = None  # no step, whatever weight decay and moments would do
 
     def factors(self, total: int) -> Factor | list[Factor]:
         common, start = cast(Factor, super().factors(total)), self._head_steps(total)

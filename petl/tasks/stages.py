@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from petl.tasks.base import Factor, FrozenTask, cosine
 
@@ -51,15 +50,7 @@ class StagedTask(FrozenTask):
             first += length
         return found
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for parameter in self._resting():
-            parameter.grad = None  # no step, whatever weight decay and moments would do
-
-    def with_all(self, loss: Tensor) -> Tensor:
-        """``loss`` in which all tensors take part, so that DDP need not search for those that do not."""
-        return loss + 0.0 * sum(p.sum() for p in self._resting()) if self.trainer.world_size > 1 else loss
-
-    def _resting(self) -> list[nn.Parameter]:
+    def resting(self) -> list[nn.Parameter]:
         now = self.stage()
         return [p for stage in self.stages if stage != now for p in self.tensors(stage)]
 
